@@ -208,7 +208,7 @@ def _show(options: argparse.Namespace) -> None:
     from lmtt.run.reader import read_run
     from lmtt.trace import Trace
 
-    trace = Trace(read_run(options.path))
+    trace = Trace(read_run(options.path, residual=False))
     _deliver(trace, trace.route(options.position, options.threshold, options.renormalize), options)
 
 
