@@ -2,6 +2,7 @@
 #   make demo    trace "The capital of France is" and write demo/route.html
 #   make test    the whole test suite
 #   make lint    ruff and mypy
+#   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
 #   make clean   remove the environment and everything built
 
 PYTHON ?= python3
@@ -16,10 +17,11 @@ export TOKENIZERS_PARALLELISM := false
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: demo test lint clean setup setup-test
+.PHONY: demo test lint bench bench-quick clean setup setup-test setup-bench
 
 setup: $(VENV)/.lmtt-installed
 setup-test: $(VENV)/.lmtt-test-installed
+setup-bench: $(VENV)/.lmtt-bench-installed
 
 # The stamp is written last, so an interrupted install is simply done again.
 $(VENV)/.lmtt-installed: $(SOURCES)
@@ -37,6 +39,12 @@ $(VENV)/.lmtt-test-installed: $(VENV)/.lmtt-installed
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph]' build
 	@touch $@
 
+# FlashTrace's own requirements are a hundred packages that its measured function does not import.
+$(VENV)/.lmtt-bench-installed: $(VENV)/.lmtt-installed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	$(PIP) install -q --no-deps flashtrace==0.1.1
+	@touch $@
+
 demo: setup
 	@mkdir -p demo
 	$(BIN)/lmtt trace --prompt "The capital of France is" --out demo/run --force --html demo/route.html
@@ -47,7 +55,14 @@ test: setup-test
 lint: setup-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd tests && $(abspath $(BIN))/mypy --config-file ../pyproject.toml -p lmtt
+	@# mypy cannot see that kernels/ and viz/ install inside lmtt/, so it is shown the tree as it installs.
+	rm -rf build/typed && mkdir -p build/typed
+	cp -R lmtt build/typed/ && cp -R kernels build/typed/lmtt/ && cp -R viz build/typed/lmtt/
+	cd build/typed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p lmtt
+
+# As a script outside safe-path mode: the benchmarks' folder is then on the path, and the repository root is not.
+bench bench-quick: setup-bench
+	PYTHONSAFEPATH= $(BIN)/python benchmarks/run.py $(if $(filter bench-quick,$@),--quick)
 
 clean:
 	rm -rf $(VENV) build dist demo lmtt/*.so *.egg-info

@@ -146,6 +146,10 @@ def _route_options(parser: argparse.ArgumentParser) -> None:
         "--renormalize", action="store_true", help="drop contributions below it and renormalise first"
     )
     parser.add_argument("--json", metavar="FILE", help="write the route as JSON; - is stdout")
+    parser.add_argument("--csv", metavar="FILE", help="write the route's edges as CSV")
+    parser.add_argument(
+        "--neuronpedia", metavar="FILE", help="write the route as a Neuronpedia / circuit-tracer graph"
+    )
 
 
 def _number(text: str) -> float:
@@ -170,7 +174,7 @@ def _trace(options: argparse.Namespace) -> None:
             remedy=f"trace with --floor {options.threshold}",
         )
     prompt = _read_prompt(options)
-    for path in (options.html, options.json):
+    for path in (options.html, options.json, options.csv, options.neuronpedia):
         _check_writable(path)
     if options.out:
         _check_run_free(Path(options.out), options.force)
@@ -203,7 +207,7 @@ def _trace(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     _check_range("threshold", options.threshold)
-    for path in (options.html, options.json):
+    for path in (options.html, options.json, options.csv, options.neuronpedia):
         _check_writable(path)
     from lmtt.run.reader import read_run
     from lmtt.trace import Trace
@@ -222,14 +226,19 @@ def _doctor(options: argparse.Namespace) -> None:
 def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
     """The files that were asked for, then a summary: on stdout unless JSON goes there."""
     if options.html:
+        from lmtt.graph.export import write_text
         from lmtt.viz.page import route_page
 
-        _write(Path(options.html), route_page(route))
+        write_text(options.html, route_page(route))
     if options.json == "-":
-        json.dump(route.to_json(), sys.stdout, ensure_ascii=False)
+        json.dump(route.to_json(), sys.stdout, ensure_ascii=False, allow_nan=False)
         print()
     elif options.json:
-        _write(Path(options.json), json.dumps(route.to_json(), ensure_ascii=False))
+        route.to_json(options.json)
+    if options.csv:
+        route.to_csv(options.csv)
+    if options.neuronpedia:
+        route.to_neuronpedia(options.neuronpedia)
     stream = sys.stderr if options.json == "-" else sys.stdout
     for line in route.summary():
         print(line, file=stream)
@@ -237,6 +246,8 @@ def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
         ("run", getattr(options, "out", None)),
         ("page", options.html),
         ("json", options.json),
+        ("csv", options.csv),
+        ("neuronpedia", options.neuronpedia),
     ):
         if path and path != "-":
             print(f"{what}: {path}", file=stream)
@@ -246,6 +257,7 @@ def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
 
 
 def _read_prompt(options: argparse.Namespace) -> str | list[dict[str, str]]:
+    text: str
     if options.prompt is not None:
         text = options.prompt
     elif options.chat is not None:
@@ -320,24 +332,6 @@ def _check_run_free(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise RunError(f"{path} exists", remedy="name another RUN, or use --force to replace it")
     _check_writable(str(path.parent / ".probe"))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none."""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".lmtt-", delete=False
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager

@@ -236,8 +236,9 @@ def _read_header(path: Path, _changed: int) -> Header:
 @contextlib.contextmanager
 def fast_reader() -> Iterator[None]:
     """While open, transformers' GGUF loader reads headers through `read_header`."""
-    import gguf
+    import gguf as package
 
+    gguf: Any = package
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = read_header
     gguf.get_tensor_name_map = functools.lru_cache(maxsize=4)(name_map)
