@@ -62,6 +62,11 @@ class Head:
         """[N, D] final states -> [N, V] float32 (float64 for float64), as the model itself computes them."""
         return _finish(self.unembed(self.normed(states)[None])[0], self.logit_scale, self.softcap)
 
+    @torch.no_grad()
+    def logits_before_softcap(self, states: Tensor) -> Tensor:
+        """[N, D] final states -> [N, V] as `logits`, without the softcap."""
+        return _finish(self.unembed(self.normed(states)[None])[0], self.logit_scale, None)
+
     def frozen(self, state: Tensor) -> FrozenHead:
         """The head with its norm held at the statistics of one final state [D]: a linear map."""
         if self.norm is None:
@@ -87,6 +92,45 @@ class FrozenHead:
         x = updates if self.norm is None else self.norm.fold(updates) * self.row
         return self.head.logit_scale * raw_scores(self.head, x)
 
+    @torch.no_grad()
+    def directions(self, tokens: Tensor, width: int) -> Directions:
+        """The logits of `tokens` (int64 [n]) as inner products with a final state of `width` = D entries."""
+        head = self.head
+        wide = torch.float64
+        w = head.weight[tokens].to(wide)  # [n, D']
+        constant = w.new_zeros(len(tokens))
+        if head.bias is not None:
+            constant += head.bias[tokens].to(wide)
+        if head.through:
+            # The linear maps are asked for their matrix [D, D'], whatever form their weights are stored in.
+            identity = torch.eye(width, dtype=head.weight.dtype, device=head.weight.device)
+            zero = _through(head, identity.new_zeros(1, width))
+            constant += w @ zero[0].to(wide)
+            w = w @ (_through(head, identity) - zero).to(wide).T
+        shift = torch.zeros_like(constant)
+        if self.norm is not None:
+            if self.norm.shift is not None:
+                shift = w @ self.norm.shift.to(wide)
+            w = w * self.norm.gain.to(wide)
+            if self.norm.centred:
+                # <fold(x), w> with fold's centring moved over to the other side, where it is done once.
+                w = w - w.mean(-1, keepdim=True)
+        scale = head.logit_scale
+        return Directions(scale * w, scale * shift, scale * constant)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """logit[t] before the softcap = row * <x, r[t]> + final_norm[t] + head[t], at a frozen norm's `row`.
+
+    r = logit_scale * gain * w for an RMSNorm, less its mean for a LayerNorm; w is the token's row of the
+    unembedding seen through the linear maps before it. All float64.
+    """
+
+    r: Tensor  # [n, D]
+    final_norm: Tensor  # [n], what the norm's shift adds
+    head: Tensor  # [n], what the biases after the norm add
+
 
 @torch.no_grad()
 def raw_scores(head: Head, updates: Tensor) -> Tensor:
@@ -95,6 +139,13 @@ def raw_scores(head: Head, updates: Tensor) -> Tensor:
     for module in head.through:
         x = module(x[None])[0] - module(torch.zeros_like(x)[None])[0]
     return x @ head.weight.to(x.dtype).T
+
+
+def _through(head: Head, x: Tensor) -> Tensor:
+    """[N, D] -> [N, D'], by the linear maps between norm and unembedding, with their biases."""
+    for module in head.through:
+        x = module(x[None])[0]
+    return x
 
 
 def find_head(model: Any, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
@@ -191,7 +242,7 @@ def _finish(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 def _verify(head: Head, states: Tensor, logits: Tensor, name: str) -> None:
-    got = head.logits(states)
+    got = head.logits(states.flip(0)).flip(0)  # out of order: a head that looks at positions is found out
     want = logits.to(got.dtype)
     bound = (AGREEMENT if logits.dtype.itemsize >= 4 else 1e-2) * float(want.abs().max())
     error = float((got - want).abs().max())

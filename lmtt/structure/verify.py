@@ -1,0 +1,136 @@
+"""Do the parts add up? The check that turns a misunderstood model into an error instead of a wrong number.
+
+closure of a sublayer = max over rows |written - sum of parts|_inf / max over rows |written|_inf
+closure of a stage    = max over rows |whole - base - sum of written|_inf / max over rows |whole|_inf
+
+A stage is measured against the stream itself because its rounding is the stream's, which may be a
+thousand times larger than what one sublayer adds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmtt.errors import ClosureError
+from lmtt.kernels.types import Attention
+from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, Stage
+from lmtt.structure.tolerance import STAGE_BOUND, SUBLAYER_BOUND
+
+
+@dataclass(frozen=True)
+class Closure:
+    """How well one sum of a layer closes; `error` is relative and dimensionless."""
+
+    layer: int
+    sublayer: str  # "attention", "mlp", "resid_mid", "resid_post", ...
+    error: float
+    bound: float
+
+
+@torch.no_grad()
+def check_closure(captured: CapturedLayer, full: bool, bound: float | None = None) -> tuple[Closure, ...]:
+    """Check every sum of one captured layer; return what was measured.
+
+    full: also form every attention's and MLP's parts from A (recomputed from q and k), v, W_O, act and
+    W_down, accumulated in float64 for float64 models and float32 otherwise. Costs about a third of the
+    layer's forward. Without it only the stages are summed, O(T D).
+    bound: for the sublayers, in place of SUBLAYER_BOUND.
+    Raises ClosureError naming layer, sublayer, error and bound for the first sum that does not close
+    (a NaN does not close).
+    """
+    results = []
+    for number, stage in enumerate(captured.stages):
+        if full:
+            results += [
+                _write_closure(captured.index, write, bound)
+                for write in stage.writes
+                if isinstance(write, (AttentionWrite, MlpWrite))
+            ]
+        results.append(_stage_closure(captured.index, number == len(captured.stages) - 1, stage))
+    for result in results:
+        if not result.error <= result.bound:
+            raise ClosureError(
+                f"layer {result.layer}, {result.sublayer}: the parts do not add up to what was written",
+                expected=f"a relative error of at most {result.bound:.1e}",
+                got=f"{result.error:.1e}",
+                remedy="this model's layers hold something that is not understood here",
+            )
+    return tuple(results)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_probabilities(a: Attention, head: int) -> Tensor:
+    """A[head] [T, T] from q and k in the accumulation dtype; a sink takes its share of each row."""
+    wide = accumulate_dtype(a.q.dtype)
+    T = a.q.shape[1]
+    device = a.q.device
+    x = (a.q[head].to(wide) @ a.k[head // a.group].to(wide).T) * a.scale
+    if a.softcap is not None:
+        x = a.softcap * torch.tanh(x / a.softcap)
+    i = torch.arange(T, device=device)
+    gap = i[:, None] - i[None, :]
+    if a.alibi is not None:
+        x = x - a.alibi[head].to(wide) * gap
+    shut = gap < 0
+    if a.window is not None:
+        shut = shut | (gap >= a.window)
+    if a.mask is not None:
+        mask = a.mask[head if a.mask.shape[0] > 1 else 0]
+        if mask.dtype == torch.bool:
+            shut = shut | ~mask
+        else:
+            x = x + mask.to(wide)
+    x = x.masked_fill(shut, -math.inf)
+    if a.sinks is None:
+        return torch.softmax(x, -1)
+    sink = a.sinks[head].to(wide).expand(T, 1)
+    return torch.softmax(torch.cat([x, sink], -1), -1)[:, :-1]
+
+
+def sum_of_parts(write: AttentionWrite | MlpWrite) -> Tensor:
+    """Everything a sublayer's parts add up to, bias included, [T, D], in the accumulation dtype."""
+    wide = accumulate_dtype(write.written.dtype)
+    total = torch.zeros_like(write.written, dtype=wide)
+    if isinstance(write, MlpWrite):
+        total += write.act.to(wide) @ write.w_down.to(wide)
+        row = write.row_scale
+    else:
+        a = write.attention
+        for h in range(a.heads):
+            z = attention_probabilities(a, h) @ a.v[h // (a.heads // a.v.shape[0])].to(wide)
+            if a.gate is not None:
+                z = z * a.gate[:, h].to(wide)
+            total += z @ a.w_o[h].to(wide)
+        row = a.row_scale
+    if row is not None:
+        total *= row.to(wide)[:, None]
+    return total if write.bias is None else total + write.bias.to(wide)
+
+
+def _write_closure(layer: int, write: AttentionWrite | MlpWrite, bound: float | None) -> Closure:
+    wide = accumulate_dtype(write.written.dtype)
+    error = _relative(write.written.to(wide) - sum_of_parts(write), write.written)
+    name = "attention" if isinstance(write, AttentionWrite) else "mlp"
+    return Closure(layer, name, error, SUBLAYER_BOUND[write.written.dtype] if bound is None else bound)
+
+
+def _stage_closure(layer: int, last: bool, stage: Stage) -> Closure:
+    wide = accumulate_dtype(stage.whole.dtype)
+    total = stage.base.to(wide)
+    for write in stage.writes:
+        total = total + write.written.to(wide)
+    error = _relative(stage.whole.to(wide) - total, stage.whole)
+    return Closure(layer, "resid_post" if last else "resid_mid", error, STAGE_BOUND[stage.whole.dtype])
+
+
+def _relative(difference: Tensor, reference: Tensor) -> float:
+    """Largest entry of `difference` over the largest of `reference`; 0 / 0 is 0, a NaN stays a NaN."""
+    error, scale = float(difference.abs().max()), float(reference.abs().max())
+    return 0.0 if error == 0.0 and scale == 0.0 else error / scale if scale > 0 else math.nan

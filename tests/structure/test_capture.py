@@ -1,0 +1,286 @@
+"""Captured parts add up to what the model wrote; leaving anything out shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lmtt.errors import ClosureError, StructureError
+from lmtt.structure.attention_hook import watching
+from lmtt.structure.capture import capture_layer
+from lmtt.structure.discover import discover_layer
+from lmtt.structure.replay import dry_run, find_layers
+from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, OpaqueWrite, Stage
+from lmtt.structure.verify import attention_probabilities, check_closure
+from lmtt.testing_models import CONFIGS, WINDOW, tiny_model, tiny_prompt
+
+ADDITIVE = [name for name in CONFIGS if name != "opt_post_norm"]
+# Models whose post-norms or softmaxes compute in float32 even where the model is float64.
+FLOAT32_INSIDE = {"gemma2", "gemma3", "olmo2", "glm4", "bloom", "afmoe"}
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_closes_in_float64_and_changes_no_bit(name: str, run_captured: Callable[..., Any]) -> None:
+    bound = 1e-6 if name in FLOAT32_INSIDE else 1e-10
+    done = run_captured(tiny_model(name, dtype=torch.float64))
+    assert torch.equal(done.logits, done.own_logits)
+    for layer in done.captured:
+        for closure in check_closure(layer, full=True, bound=bound):
+            assert closure.error <= bound, closure
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_closes_in_float32_and_changes_no_bit(name: str, run_captured: Callable[..., Any]) -> None:
+    done = run_captured(tiny_model(name))
+    assert torch.equal(done.logits, done.own_logits)
+    for layer in done.captured:
+        assert all(closure.error <= 1e-5 for closure in check_closure(layer, full=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bloom", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_closes_to_the_rounding_of_16_bit_models(
+    name: str, dtype: torch.dtype, run_captured: Callable[..., Any]
+) -> None:
+    done = run_captured(tiny_model(name, dtype=dtype))
+    assert torch.equal(done.logits, done.own_logits)
+    for layer in done.captured:
+        for closure in check_closure(layer, full=True):
+            assert closure.error <= 8 * torch.finfo(dtype).eps, closure
+
+
+def test_eager_and_sdpa_are_captured_alike(run_captured: Callable[..., Any]) -> None:
+    sdpa = run_captured(tiny_model("mistral", attn_implementation="sdpa")).captured[0]
+    eager = run_captured(tiny_model("mistral", attn_implementation="eager")).captured[0]
+    a, b = (layer.stages[0].writes[0].attention for layer in (sdpa, eager))
+    assert a.window == b.window == WINDOW
+    assert a.mask is None
+    assert b.mask is None
+    assert torch.equal(a.q, b.q)
+    assert torch.equal(a.v, b.v)
+
+
+def test_attention_probabilities_are_the_models_own(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("gemma2", attn_implementation="eager")
+    with torch.no_grad():
+        own = model(tiny_prompt(), use_cache=False, output_attentions=True).attentions
+    for layer, matrices in zip(run_captured(model).captured, own, strict=True):
+        attention = layer.stages[0].writes[0].attention
+        for head in range(attention.heads):
+            A = attention_probabilities(attention, head)
+            assert torch.allclose(A, matrices[0, head], atol=1e-6, rtol=0)
+
+
+def test_resid_mid_is_the_models_own(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("gpt2")
+    seen = []
+    hook = model.transformer.h[1].ln_2.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        model(tiny_prompt(), use_cache=False)
+    hook.remove()
+    captured = run_captured(model).captured
+    assert torch.equal(captured[1].stages[0].whole, seen[0])
+    assert torch.equal(captured[0].resid_post, captured[1].resid_pre)
+
+
+def test_dense_weights_are_views(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("llama")
+    first = model.model.layers[0]
+    attention, mlp = (stage.writes[0] for stage in run_captured(model).captured[0].stages)
+    assert attention.attention.w_o.data_ptr() == first.self_attn.o_proj.weight.data_ptr()
+    assert mlp.w_down.data_ptr() == first.mlp.down_proj.weight.data_ptr()
+
+
+def test_single_token_prompt(run_captured: Callable[..., Any]) -> None:
+    done = run_captured(tiny_model("qwen2"), tiny_prompt(1))
+    for layer in done.captured:
+        check_closure(layer, full=True)
+
+
+# --- every feature matters: without it the check fails ---
+
+
+def _with_attention(layer: CapturedLayer, **changes: Any) -> CapturedLayer:
+    return _changed(layer, AttentionWrite, lambda w: replace(w, attention=replace(w.attention, **changes)))
+
+
+def _changed(layer: CapturedLayer, kind: type, change: Callable[[Any], Any]) -> CapturedLayer:
+    stages = tuple(
+        replace(stage, writes=tuple(change(w) if isinstance(w, kind) else w for w in stage.writes))
+        for stage in layer.stages
+    )
+    return replace(layer, stages=stages)
+
+
+def _v_bias_twice(model: Any, layer: CapturedLayer) -> CapturedLayer:
+    attention = layer.stages[0].writes[0].attention
+    bias = model.model.layers[0].self_attn.v_proj.bias.detach().view(attention.v.shape[0], 1, -1)
+    return _with_attention(layer, v=attention.v + bias)
+
+
+MUTATIONS: dict[str, tuple[str, Callable[[Any, CapturedLayer], CapturedLayer]]] = {
+    "attention output bias left out": (
+        "llama",
+        lambda _m, layer: _changed(layer, AttentionWrite, lambda w: replace(w, bias=None)),
+    ),
+    "mlp output bias left out": (
+        "gpt2",
+        lambda _m, layer: _changed(layer, MlpWrite, lambda w: replace(w, bias=None)),
+    ),
+    "value bias counted twice": ("qwen2", _v_bias_twice),
+    "window ignored": ("mistral", lambda _m, layer: _with_attention(layer, window=None)),
+    "softcap ignored": ("gemma2", lambda _m, layer: _with_attention(layer, softcap=None)),
+    "scale of 1/sqrt(E) assumed": ("granite", lambda _m, layer: _with_attention(layer, scale=8**-0.5)),
+    "sinks ignored": ("gpt_oss", lambda _m, layer: _with_attention(layer, sinks=None)),
+    "mask ignored": ("falcon_sequential", lambda _m, layer: _with_attention(layer, mask=None)),
+    "residual multiplier ignored": ("granite", lambda _m, layer: _with_attention(layer, row_scale=None)),
+    "post-norm statistics ignored": ("olmo2", lambda _m, layer: _with_attention(layer, row_scale=None)),
+    "post-norm gain ignored": (
+        "gemma2",
+        lambda m, layer: _with_attention(
+            layer, w_o=m.model.layers[0].self_attn.o_proj.weight.detach().T.unflatten(0, (4, 8))
+        ),
+    ),
+    "experts' biases ignored": (
+        "gpt_oss",
+        lambda _m, layer: _changed(layer, MlpWrite, lambda w: replace(w, bias=None)),
+    ),
+    "attention's gate ignored": ("afmoe", lambda _m, layer: _with_attention(layer, gate=None)),
+    "heads in another order": (
+        "llama",
+        lambda _m, layer: _with_attention(layer, w_o=layer.stages[0].writes[0].attention.w_o.flip(0)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_leaving_a_feature_out_does_not_close(what: str, run_captured: Callable[..., Any]) -> None:
+    name, mutate = MUTATIONS[what]
+    model = tiny_model(name)
+    layer = run_captured(model).captured[0]
+    check_closure(layer, full=True)
+    with pytest.raises(ClosureError, match=r"layer 0, (attention|mlp): .* at most 1.0e-05, got"):
+        check_closure(mutate(model, layer), full=True)
+
+
+def test_a_missing_write_does_not_close_even_without_the_full_check(run_captured: Callable[..., Any]) -> None:
+    layer = run_captured(tiny_model("gpt_neox")).captured[1]
+    short = replace(layer, stages=(replace(layer.stages[0], writes=layer.stages[0].writes[:1]),))
+    with pytest.raises(ClosureError, match="layer 1, resid_post"):
+        check_closure(short, full=False)
+
+
+def test_nan_does_not_close(run_captured: Callable[..., Any]) -> None:
+    layer = run_captured(tiny_model("gpt2")).captured[0]
+    stage = layer.stages[0]
+    broken = replace(
+        layer, stages=(Stage(stage.base * torch.nan, stage.whole, stage.writes), *layer.stages[1:])
+    )
+    with pytest.raises(ClosureError):
+        check_closure(broken, full=False)
+
+
+class _LayerNormAfter(nn.Module):
+    """hidden + 0.3 * LayerNorm(2 * down(gelu(up(hidden)))): every constant that a post-norm can have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 12), nn.Linear(12, 8), nn.LayerNorm(8, eps=1e-2)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        down = self.down(nn.functional.gelu(self.up(hidden)))
+        return hidden + self.norm(down * 2.0) * 0.3
+
+
+def test_layer_norm_after_a_sublayer_with_its_shift_and_scales() -> None:
+    torch.manual_seed(0)
+    layer, hidden = _LayerNormAfter().double(), torch.randn(1, 7, 8, dtype=torch.float64)
+    structure = discover_layer(layer, hidden)
+    (found,) = structure.writes
+    assert (found.post_norm, found.inner_scale, found.scale) == ("norm", 2.0, 0.3)
+    _, captured = capture_layer(layer, structure, 0, hidden)
+    check_closure(captured, full=True, bound=1e-8)
+    without_shift = _changed(captured, MlpWrite, lambda w: replace(w, bias=w.bias - 0.3 * layer.norm.bias))
+    with pytest.raises(ClosureError):
+        check_closure(without_shift, full=True)
+
+
+# --- refusals ---
+
+
+def test_batches_are_refused() -> None:
+    model = tiny_model("llama")
+    calls = dry_run(model, tiny_prompt().expand(2, -1))
+    layer = find_layers(model)[1][0]
+    with watching(model):
+        structure = discover_layer(layer, calls.hidden, calls.calls[0].args, calls.calls[0].kwargs)
+        with pytest.raises(StructureError, match="batch of 2"):
+            capture_layer(layer, structure, 0, calls.hidden, calls.calls[0].args, calls.calls[0].kwargs)
+
+
+def test_a_layer_of_another_kind_is_refused_and_left_clean() -> None:
+    gpt2, llama = tiny_model("gpt2"), tiny_model("llama")
+    calls = dry_run(gpt2, tiny_prompt())
+    layer = find_layers(gpt2)[1][0]
+    with watching(gpt2):
+        structure = discover_layer(layer, calls.hidden, calls.calls[0].args, calls.calls[0].kwargs)
+    calls = dry_run(llama, tiny_prompt())
+    other = find_layers(llama)[1][0]
+    with watching(llama), pytest.raises(StructureError, match=r"c_proj.*discover"):
+        capture_layer(other, structure, 0, calls.hidden, calls.calls[0].args, calls.calls[0].kwargs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+
+
+# --- experts ---
+
+
+def test_a_neuron_of_an_expert_is_at_expert_times_width_plus_n(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    seen = []
+    hook = experts.register_forward_pre_hook(lambda _m, args: seen.append(args))
+    write = run_captured(model).captured[0].stages[1].writes[0]
+    hook.remove()
+    hidden, index, weights = seen[-1]
+    F = model.config.intermediate_size
+    used = write.act.view(11, 4, F).abs().sum(-1) > 0
+    assert torch.equal(used, torch.zeros_like(used).scatter(1, index, True))
+    expert = int(index[3, 1])
+    gate, up = (hidden[3] @ experts.gate_up_proj[expert].T).chunk(2)
+    expected = weights[3, 1] * experts.act_fn(gate) * up
+    assert torch.allclose(write.act[3].view(4, F)[expert], expected, atol=1e-6)
+    assert torch.equal(write.w_down.view(4, F, -1)[expert], experts.down_proj[expert].T)
+
+
+def test_shared_experts_come_after_the_routed_ones(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("qwen2_moe")
+    (write,) = run_captured(model).captured[0].stages[1].writes
+    shared = model.model.layers[0].mlp.shared_expert.down_proj.weight
+    assert write.act.shape == (11, 4 * 24 + 24)
+    assert torch.equal(write.w_down[4 * 24 :], shared.T)
+
+
+def test_experts_that_mean_something_else_are_taken_whole(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_hook(lambda _m, _args, out: 2 * out, prepend=True)
+    write = run_captured(model).captured[0].stages[1].writes[0]
+    assert isinstance(write, OpaqueWrite)
+    assert "do not add up" in write.reason
+
+
+def test_experts_of_an_unknown_form_are_taken_whole(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_oss")
+    model.set_experts_implementation("eager")
+    for layer in model.model.layers:
+        del layer.mlp.experts.has_bias
+    done = run_captured(model)
+    assert "has_bias" in done.structures[0].writes[1].note
+    assert isinstance(done.captured[0].stages[1].writes[0], OpaqueWrite)

@@ -1,0 +1,132 @@
+"""What discovery says of models whose structure is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmtt.errors import StructureError
+from lmtt.structure.attention_hook import watching
+from lmtt.structure.discover import discover_layer
+from lmtt.structure.replay import dry_run, find_layers
+from lmtt.structure.spec import LayerStructure
+from lmtt.testing_models import tiny_model, tiny_prompt
+
+# name: (source of attention, stages, [(kind, module, post_norm)])
+KNOWN = {
+    "llama": ("registry", 2, [("attention", "self_attn.o_proj", None), ("mlp", "mlp.down_proj", None)]),
+    "gpt2": ("registry", 2, [("attention", "attn.c_proj", None), ("mlp", "mlp.c_proj", None)]),
+    "gpt_neox": ("registry", 1, [("attention", "attention.dense", None), ("mlp", "mlp.dense_4h_to_h", None)]),
+    "cohere": ("registry", 1, [("attention", "self_attn.o_proj", None), ("mlp", "mlp.down_proj", None)]),
+    "phi": ("registry", 1, [("attention", "self_attn.dense", None), ("mlp", "mlp.fc2", None)]),
+    "falcon": (
+        "sdpa",
+        1,
+        [("attention", "self_attention.dense", None), ("mlp", "mlp.dense_4h_to_h", None)],
+    ),
+    "bloom": (
+        "product",
+        2,
+        [("attention", "self_attention.dense", None), ("mlp", "mlp.dense_4h_to_h", None)],
+    ),
+    "gptj": ("product", 1, [("attention", "attn.out_proj", None), ("mlp", "mlp.fc_out", None)]),
+    "opt": ("registry", 2, [("attention", "self_attn.out_proj", None), ("mlp", "fc2", None)]),
+    "gemma2": (
+        "registry",
+        2,
+        [
+            ("attention", "self_attn.o_proj", "post_attention_layernorm"),
+            ("mlp", "mlp.down_proj", "post_feedforward_layernorm"),
+        ],
+    ),
+    "qwen2_moe": (
+        "registry",
+        2,
+        [
+            ("attention", "self_attn.o_proj", None),
+            ("experts", "mlp.experts", None),
+            ("mlp", "mlp.shared_expert.down_proj", None),
+        ],
+    ),
+}
+
+
+def discover_first(name: str, **options: object) -> LayerStructure:
+    model = tiny_model(name, **options)
+    calls = dry_run(model, tiny_prompt())
+    layer = find_layers(model)[1][0]
+    with watching(model):
+        return discover_layer(layer, calls.hidden, calls.calls[0].args, calls.calls[0].kwargs)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_structures(name: str) -> None:
+    source, stages, writes = KNOWN[name]
+    found = discover_first(name)
+    assert found.attention_source == source
+    assert found.stages == stages
+    assert found.parallel == (stages == 1)
+    assert sorted((w.kind, w.module, w.post_norm) for w in found.writes) == sorted(writes)
+
+
+def test_scalar_multiplier_is_found() -> None:
+    assert [w.scale for w in discover_first("granite").writes] == [0.22, 0.22]
+
+
+def test_shared_expert_gate_is_a_factor_per_token() -> None:
+    assert [w.factor for w in discover_first("qwen2_moe").writes] == [False, False, True]
+
+
+def test_all_layers_of_a_kind_are_alike(run_captured: Callable[..., object]) -> None:
+    structures = run_captured(tiny_model("mistral")).structures  # type: ignore[attr-defined]
+    assert structures[0] == structures[1] == structures[2]
+
+
+def test_norm_after_the_addition_is_refused_in_words() -> None:
+    with pytest.raises(StructureError, match=r"layer 0 \(OPTDecoderLayer\).*'final_layer_norm'"):
+        discover_first("opt_post_norm")
+
+
+class _Doubled(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + hidden
+
+
+class _Rescaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 0.5 * hidden + self.linear(hidden)
+
+
+class _InPlace(_Rescaled):
+    """Adds onto its own sublayer's output, as some models do to save memory."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.linear(hidden)
+        out += hidden
+        return out
+
+
+@pytest.mark.parametrize(("layer", "words"), [(_Doubled(), "added 2 times"), (_Rescaled(), "not a sum")])
+def test_streams_that_are_not_passed_on_once_are_refused(layer: nn.Module, words: str) -> None:
+    with pytest.raises(StructureError, match=words):
+        discover_layer(layer, torch.randn(1, 5, 8), index=3)
+
+
+def test_in_place_addition_is_followed() -> None:
+    found = discover_layer(_InPlace(), torch.randn(1, 5, 8))
+    assert [(w.kind, w.module) for w in found.writes] == [("mlp", "linear")]
+
+
+def test_discovery_leaves_no_hooks() -> None:
+    layer = _Rescaled()
+    with pytest.raises(StructureError):
+        discover_layer(layer, torch.randn(1, 5, 8))
+    assert not layer.linear._forward_hooks
+    assert not layer.linear._forward_pre_hooks

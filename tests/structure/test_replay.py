@@ -1,0 +1,103 @@
+"""Layer by layer is the same as all at once, and the model is left as it was found."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmtt.errors import StructureError
+from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish, run_layer
+from lmtt.testing_models import CONFIGS, tiny_model, tiny_prompt
+
+
+def replay(model: Any, ids: Tensor) -> tuple[Tensor, LayerCalls]:
+    calls = dry_run(model, ids)
+    hidden = calls.hidden
+    for i, layer in enumerate(find_layers(model)[1]):
+        hidden = run_layer(layer, hidden, calls.calls[i], calls.returns_tuple, i)
+    return hidden, calls
+
+
+def state_of(model: nn.Module) -> Any:
+    """Everything of the modules that a patch could have touched."""
+    return {
+        name: MappingProxyType({k: v for k, v in vars(m).items() if callable(v) or "hooks" in k}).copy()
+        for name, m in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layer_major_is_bit_identical(name: str) -> None:
+    model, ids = tiny_model(name), tiny_prompt()
+    with torch.no_grad():
+        own = model(ids, use_cache=False).logits
+    before = state_of(model)
+    hidden, calls = replay(model, ids)
+    assert torch.equal(finish(model, ids, hidden, calls), own)
+    assert state_of(model) == before
+    assert torch.equal(replay(model, ids)[0], hidden)  # and again
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "bloom"])
+def test_a_model_of_one_layer(name: str) -> None:
+    model, ids = tiny_model(name, layers=1), tiny_prompt()
+    with torch.no_grad():
+        own = model(ids, use_cache=False).logits
+    hidden, calls = replay(model, ids)
+    assert torch.equal(finish(model, ids, hidden, calls), own)
+
+
+def test_dry_run_touches_no_layer_and_no_head() -> None:
+    model = tiny_model("llama")
+    for module in (*model.model.layers, model.lm_head):
+        module.to("meta")
+    calls = dry_run(model, tiny_prompt())
+    assert len(calls.calls) == 3
+    assert torch.equal(calls.hidden, model.model.embed_tokens(tiny_prompt()))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere"])
+def test_rows_and_final_state_go_through_the_models_own_head(name: str) -> None:
+    model, ids = tiny_model(name), tiny_prompt()
+    hidden, calls = replay(model, ids)
+    logits = finish(model, ids, hidden, calls)
+    rows = torch.tensor([10, 0, 4])
+    assert torch.allclose(finish(model, ids, hidden, calls, rows=rows), logits[:, rows], atol=1e-5)
+    normed = final(model, ids, hidden, calls)
+    with torch.no_grad():
+        assert torch.equal(normed, model.model.norm(hidden))
+
+
+def test_a_model_that_changes_the_stream_between_layers_is_refused() -> None:
+    model = tiny_model("llama")
+    layer, forward = model.model.layers[1], type(model.model.layers[1]).__call__
+
+    class Meddled(type(layer)):  # type: ignore[misc]
+        def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(self, hidden * 2, *args, **kwargs)
+
+    layer.__class__ = Meddled
+    before = state_of(model)
+    with pytest.raises(StructureError, match="chain"):
+        dry_run(model, tiny_prompt())
+    assert state_of(model) == before
+
+
+def test_a_wrong_shape_is_refused_and_the_model_is_restored() -> None:
+    model, ids = tiny_model("gpt2"), tiny_prompt()
+    hidden, calls = replay(model, ids)
+    before = state_of(model)
+    with pytest.raises(StructureError, match="another shape"):
+        finish(model, ids, hidden[:, :4], calls)
+    with pytest.raises(StructureError, match="another shape"):
+        final(model, ids, hidden[:, :4], calls)
+    assert state_of(model) == before
+
+
+def test_no_stack_is_refused() -> None:
+    with pytest.raises(StructureError, match="no decoder stack found in Linear"):
+        find_layers(nn.Linear(2, 2))
