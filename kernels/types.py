@@ -93,7 +93,9 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionResult:
-    """Shares of each row of `whole`: edges.sum(-1) + residual + bias + others.sum(-1) is 1 (0 where normaliser is 0).
+    """Shares of each row of `whole`: edges.sum(-1) + residual + bias + others.sum(-1) is 1.
+
+    Or 0, where the normaliser is 0.
 
     Shares and sums are float32 (float64 for float64 inputs).
     """
@@ -117,7 +119,8 @@ class AttentionResult:
 class NeuronTask:
     """Contributions of every neuron, and of the other parts, to each row of `whole`.
 
-    part[i, n] = row_scale[i] * act[i, n] * w_down[n];  whole[i] = base[i] + sum of parts + bias[i] + sum of others[i]
+    part[i, n] = row_scale[i] * act[i, n] * w_down[n]
+    whole[i] = base[i] + sum of parts + bias[i] + sum of others[i]
     """
 
     act: Tensor  # [T, F]

@@ -1,0 +1,1 @@
+"""One file per backend; the contract is in `lmtt.kernels.registry`."""
