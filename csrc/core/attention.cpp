@@ -1,0 +1,450 @@
+// Attention, in five steps; nothing of size T * T * H and nothing of size T * T * D is ever held.
+//
+// 1. Prepare: |whole|_1 and the fixed parts of each row; each pair's rounding margin; k and v as panels.
+// 2. Directions: R[i, h] = sign(whole[i]) W_O[h]^T, for as many rows as fit.
+// 3. Screen, by blocks of rows: logits q k^T, coefficients c = row_scale * A, g = c * (R v^T). Pairs whose
+//    bound is at most the threshold are done; the others become records.
+// 4. Evaluate the records, gathered by (head, source): u = v[source] W_O[head] once, then
+//    proximity = max(0, g - 2 * sum of relu(c u sign(y) - |y|)) for each destination.
+// 5. Finish rows: add the exact values, in the order of heads and sources, and divide by the normaliser.
+//
+// Steps 2 to 5 repeat until all rows are done, as many at a time as their directions and records fit in the
+// workspace. No number depends on how rows are grouped, or on which thread computes what.
+#include "core/attention.h"
+
+#include <algorithm>
+
+namespace lmtt {
+namespace {
+
+constexpr int64_t kSources = 48;       // sources whose u are formed together: they stay in the second-level cache
+constexpr int64_t kColumns = 4;        // panels of W_O that are packed together for directions
+constexpr int64_t kSigns = 24;         // rows of signs that are formed together
+constexpr int64_t kDirectionRows = 192;  // rows of directions that one thread takes: more share the packing,
+                                         // fewer share the work among threads
+
+// Rows screened together, and what they leave for the later steps.
+struct Block {
+  int64_t begin, end;               // positions in Pass::rows
+  std::vector<Record> records;      // by head, then row, then source
+  std::vector<int64_t> head_begin;  // [H + 1]
+  bool screened = false;
+};
+
+// Records of one head whose sources make up one block of u.
+struct SourceGroup {
+  int64_t head, begin, end;
+};
+
+// One thread's memory.
+struct Scratch {
+  Buffer<float> q, logits, product, k_panels, v_panels, panel, x, u, u_largest;
+  Buffer<Record> records;
+};
+
+class Pass {
+ public:
+  Pass(const AttentionInput& input, AttentionOutput& output);
+  void run();
+
+ private:
+  void prepare();
+  void do_rows(const std::vector<int32_t>& rows);
+  void directions(const int32_t* rows, int64_t count);
+  bool screen(Block& block, const int32_t* rows, Scratch& scratch);
+  void evaluate(const std::vector<Block*>& blocks);
+  void evaluate(const SourceGroup& group, Scratch& scratch);
+  void finish(const Block& block, const int32_t* rows);
+
+  const AttentionInput& in;
+  AttentionOutput& out;
+  const Kernels& kernel = kernels();
+  const int64_t T, H, E, E_v, D, heads_per_kv;
+  const int64_t width;                      // T in whole panels
+  const int64_t blocks_of_D;                // D in blocks of sixteen coordinates, padded to sixteen blocks
+  const int64_t u_stride;                   // D in whole panels, and one more: rows 4 KiB apart would collide in cache
+  int64_t block_rows;
+  int64_t record_budget;                    // records that the workspace has room for
+  bool packed;                              // all of k and v as panels, or head by head in each block
+  std::vector<float> threshold;             // [T]: pairs with a larger bound are evaluated
+  std::vector<float> listed;                // [T]: pairs with a larger g may have a share above `keep`
+  std::vector<PartsRow> parts;              // [T]
+  std::vector<double> uncertain, signed_sum, absolute;  // [T], as ScreenSums
+  std::vector<int64_t> positive, evaluated;             // [T]
+  Buffer<double> head_sums;                 // [T, H]
+  Buffer<float> margin;                     // [H, width]: rounding error of R v^T at most
+  Buffer<float> smallest;                   // [T, blocks_of_D] of whole
+  Buffer<float> k_panels, v_panels;         // [H_kv, panels, E or E_v, 16]
+  Buffer<float> direction;                  // [rows at a time, H, E_v]
+  std::vector<Record*> gathered;            // records by head and source
+  std::vector<Scratch> scratch;             // by thread
+  std::mutex kept_mutex;
+};
+
+Pass::Pass(const AttentionInput& input, AttentionOutput& output)
+    : in(input), out(output), T(in.T), H(in.H), E(in.E), E_v(in.E_v), D(in.parts.D), heads_per_kv(in.H / in.H_kv),
+      width(padded(in.T)), blocks_of_D(padded(panels(in.parts.D))), u_stride(padded(in.parts.D) + kPanel) {
+  block_rows = T <= 512 || T > 4096 ? 12 : 24;  // few at small T for balance, few at large T for cache
+  record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Record*));
+  packed = in.H_kv * width * (E + E_v) * int64_t(sizeof(float)) <= in.workspace / 4;
+  threshold.resize(T), listed.resize(T), parts.resize(T), uncertain.resize(T), signed_sum.resize(T), absolute.resize(T);
+  positive.resize(T), evaluated.resize(T);
+  head_sums = Buffer<double>(T * H);
+  margin = Buffer<float>(H * width);
+  smallest = Buffer<float>(T * blocks_of_D);
+  if (packed) {
+    k_panels = Buffer<float>(in.H_kv * width * E);
+    v_panels = Buffer<float>(in.H_kv * width * E_v);
+  }
+  scratch.resize(in.threads);
+  for (Scratch& s : scratch) {
+    s.q = Buffer<float>(block_rows * std::max(E, E_v));
+    s.logits = Buffer<float>(block_rows * width);
+    s.product = Buffer<float>(block_rows * width);
+    if (!packed) {
+      s.k_panels = Buffer<float>(width * E);
+      s.v_panels = Buffer<float>(width * E_v);
+    }
+    s.panel = Buffer<float>(std::max(kColumns * kDepth, E_v) * kPanel);
+    s.x = Buffer<float>(std::max(kSources * E_v, kSigns * kDepth));
+    s.u = Buffer<float>(kSources * u_stride);
+    s.u_largest = Buffer<float>(kSources * blocks_of_D);
+    s.records = Buffer<Record>(width);
+  }
+}
+
+void Pass::run() {
+  prepare();
+  std::vector<int32_t> rows;
+  for (int64_t i = T - 1; i >= 0; --i) rows.push_back(static_cast<int32_t>(i));  // the longest first: better balance
+  do_rows(rows);
+  for (int64_t i = 0; i < T; ++i) out.positive += positive[i], out.evaluated += evaluated[i];
+}
+
+void Pass::prepare() {
+  const int64_t HE = H * E_v;
+  Buffer<float> norm(HE);  // |W_O[h, e]|_1
+  parallel_for(in.threads, panels(HE), [&](int64_t p, int) {
+    for (int64_t c = p * kPanel; c < std::min(HE, (p + 1) * kPanel); ++c) {
+      norm[c] = static_cast<float>(kernel.absolute_sum(in.w_o + c * D, D));
+    }
+  });
+  const double gamma = rounding(chain(D) + chain(E_v) + 8);  // 8: the coefficient, a gate, and the margin itself
+  parallel_for(in.threads, panels(T), [&](int64_t p, int) {
+    const int64_t begin = p * kPanel, end = std::min(T, begin + kPanel);
+    const int count = static_cast<int>(end - begin);
+    for (int64_t i = begin; i < end; ++i) {
+      parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
+      kernel.block_smallest(in.parts.whole + i * D, D, smallest + i * blocks_of_D);
+      threshold[i] = static_cast<float>(in.screen * parts[i].size);
+      // the normaliser is at least what the fixed parts make; 1e-6 for rounding on the way
+      listed[i] = in.keep_pairs ? static_cast<float>(in.keep * parts[i].fixed * (1 - 1e-6)) : INFINITY;
+    }
+    for (int64_t h = 0; h < H; ++h) {
+      const float* v = in.v + h / heads_per_kv * T * E_v;
+      for (int64_t j = begin; j < begin + kPanel; ++j) {
+        margin[h * width + j] =
+            j < T ? static_cast<float>(gamma * kernel.absolute_dot(v + j * E_v, norm + h * E_v, E_v)) : 0.0f;
+      }
+    }
+    for (int64_t g = 0; packed && g < in.H_kv; ++g) {
+      kernel.pack_rows(in.k + (g * T + begin) * E, E, count, E, k_panels + (g * width + begin) * E);
+      kernel.pack_rows(in.v + (g * T + begin) * E_v, E_v, count, E_v, v_panels + (g * width + begin) * E_v);
+    }
+  });
+}
+
+void Pass::do_rows(const std::vector<int32_t>& rows) {
+  const int64_t all = static_cast<int64_t>(rows.size());
+  const int64_t fit = in.workspace / 4 / (H * E_v * int64_t(sizeof(float)));
+  const int64_t at_once = std::min(all, std::max(block_rows, fit));
+  direction = Buffer<float>(at_once * H * E_v);
+  for (int64_t done = 0; done < all; done += at_once) {
+    const int32_t* these = rows.data() + done;
+    const int64_t count = std::min(at_once, all - done);
+    directions(these, count);
+
+    std::vector<Block> blocks;
+    for (int64_t r = 0; r < count; r += block_rows) {
+      blocks.emplace_back();
+      blocks.back().begin = r, blocks.back().end = std::min(count, r + block_rows);
+    }
+    while (!blocks.empty()) {
+      std::atomic<int64_t> recorded{0};
+      parallel_for(in.threads, blocks.size(), [&](int64_t b, int thread) {
+        if (recorded > record_budget) return;
+        blocks[b].screened = screen(blocks[b], these, scratch[thread]);
+        recorded += blocks[b].records.size();
+      });
+      std::vector<Block*> ready;
+      for (Block& b : blocks) {
+        if (b.screened) ready.push_back(&b);
+      }
+      evaluate(ready);
+      parallel_for(in.threads, ready.size(), [&](int64_t b, int) { finish(*ready[b], these); });
+
+      std::vector<Block> rest;
+      for (Block& b : blocks) {
+        if (b.screened) continue;
+        // A block that has records of its own was too large for them and is halved, the others had no turn.
+        const int64_t rows_each = b.head_begin.empty() ? b.end - b.begin : (b.end - b.begin + 1) / 2;
+        for (int64_t r = b.begin; r < b.end; r += rows_each) {
+          rest.emplace_back();
+          rest.back().begin = r, rest.back().end = std::min(b.end, r + rows_each);
+        }
+      }
+      blocks.swap(rest);
+    }
+  }
+}
+
+// Step 2: fills direction[0..count) for these rows.
+void Pass::directions(const int32_t* rows, int64_t count) {
+  const int64_t HE = H * E_v, groups = (panels(HE) + kColumns - 1) / kColumns;
+  const int64_t stripes = (count + kDirectionRows - 1) / kDirectionRows;
+  parallel_for(in.threads, groups * stripes, [&](int64_t item, int thread) {
+    Scratch& s = scratch[thread];
+    const int64_t c0 = item % groups * kColumns * kPanel, c1 = std::min(HE, c0 + kColumns * kPanel);
+    const int64_t r0 = item / groups * kDirectionRows, r1 = std::min(count, r0 + kDirectionRows);
+    const float* signs = s.x.get();
+    for (int64_t d = 0; d < D; d += kDepth) {
+      const int64_t depth = std::min(kDepth, D - d);
+      for (int64_t c = c0; c < c1; c += kPanel) {
+        const int columns = static_cast<int>(std::min<int64_t>(kPanel, c1 - c));
+        kernel.pack_rows(in.w_o + c * D + d, D, columns, depth, s.panel + (c - c0) * depth);
+      }
+      for (int64_t r = r0; r < r1; r += kSigns) {
+        const int64_t n = std::min(kSigns, r1 - r);
+        for (int64_t m = 0; m < n; ++m) kernel.signs(in.parts.whole + rows[r + m] * D + d, depth, s.x + m * depth);
+        for (int64_t c = c0; c < c1; c += kPanel) {
+          float* to = direction + r * HE + c;
+          if (c + kPanel <= c1) {
+            kernel.multiply(n, depth, signs, depth, s.panel + (c - c0) * depth, to, HE, d > 0);
+          } else {  // the last panel is narrower than what multiply writes
+            float sums[kSigns * kPanel];
+            kernel.multiply(n, depth, signs, depth, s.panel + (c - c0) * depth, sums, kPanel, false);
+            for (int64_t m = 0; m < n; ++m) {
+              for (int64_t e = 0; e < c1 - c; ++e) {
+                to[m * HE + e] = (d > 0 ? to[m * HE + e] : 0.0f) + sums[m * kPanel + e];
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// Step 3. False if the block's records outgrew their share of the workspace; they are dropped then.
+bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
+  const int64_t count = block.end - block.begin;
+  int64_t first = T, last = 0;
+  for (int64_t r = block.begin; r < block.end; ++r) {
+    const int64_t i = rows[r];
+    first = std::min(first, std::max<int64_t>(0, i - in.window + 1));
+    last = std::max(last, i);
+    std::fill(out.edges + i * T, out.edges + (i + 1) * T, 0.0f);
+    uncertain[i] = signed_sum[i] = absolute[i] = 0;
+    positive[i] = evaluated[i] = 0;
+  }
+  const int64_t p0 = first / kPanel, p1 = last / kPanel + 1;
+  block.head_begin.assign(1, 0);
+
+  for (int64_t h = 0; h < H; ++h) {
+    const int64_t g = h / heads_per_kv;
+    const float *k = k_panels + g * width * E, *v = v_panels + g * width * E_v;
+    if (!packed) {
+      k = s.k_panels.get(), v = s.v_panels.get();
+      for (int64_t p = p0; h % heads_per_kv == 0 && p < p1; ++p) {
+        const int n = static_cast<int>(std::min<int64_t>(kPanel, T - p * kPanel));
+        kernel.pack_rows(in.k + (g * T + p * kPanel) * E, E, n, E, s.k_panels + p * kPanel * E);
+        kernel.pack_rows(in.v + (g * T + p * kPanel) * E_v, E_v, n, E_v, s.v_panels + p * kPanel * E_v);
+      }
+    }
+
+    for (int64_t r = 0; r < count; ++r) {
+      const float* q = in.q + (h * T + rows[block.begin + r]) * E;
+      std::copy(q, q + E, s.q + r * E);
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+      kernel.multiply(count, E, s.q.get(), E, k + p * kPanel * E, s.logits + p * kPanel, width, false);
+    }
+
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = rows[block.begin + r];
+      AttentionRow row;
+      row.first = std::max<int64_t>(0, i - in.window + 1), row.last = i;
+      row.begin = row.first / kPanel * kPanel, row.end = padded(i + 1);
+      row.scale = in.scale, row.softcap = in.softcap;
+      row.mask = in.mask ? in.mask + h * in.mask_stride + i * T : nullptr;
+      row.allowed = in.allowed ? in.allowed + h * in.mask_stride + i * T : nullptr;
+      row.alibi = in.alibi ? in.alibi[h] : 0;
+      row.has_sink = in.sinks != nullptr, row.sink = in.sinks ? in.sinks[h] : 0;
+      row.has_lse = in.lse != nullptr, row.lse = in.lse ? in.lse[h * T + i] : 0;
+      row.row_scale = in.row_scale ? in.row_scale[i] : 1;
+      kernel.attend(row, s.logits + r * width);
+    }
+
+    const float* towards = direction + (block.begin * H + h) * E_v;
+    int64_t stride = H * E_v;
+    if (in.gate) {
+      for (int64_t r = 0; r < count; ++r) {
+        const float* gate = in.gate + (rows[block.begin + r] * H + h) * E_v;
+        for (int64_t e = 0; e < E_v; ++e) s.q[r * E_v + e] = gate[e] * towards[r * stride + e];
+      }
+      towards = s.q.get(), stride = E_v;
+    }
+    for (int64_t p = p0; p < p1; ++p) {
+      kernel.multiply(count, E_v, towards, stride, v + p * kPanel * E_v, s.product + p * kPanel, width, false);
+    }
+
+    for (int64_t r = 0; r < count; ++r) {
+      const int32_t i = rows[block.begin + r];
+      const int64_t begin = std::max<int64_t>(0, i - in.window + 1) / kPanel * kPanel;
+      float largest_gate = 1;
+      if (in.gate) {
+        const float* gate = in.gate + (int64_t(i) * H + h) * E_v;
+        largest_gate = 0;
+        for (int64_t e = 0; e < E_v; ++e) largest_gate = std::max(largest_gate, std::fabs(gate[e]));
+      }
+      ScreenSums sums;
+      const int64_t found =
+          kernel.screen(begin, i + 1, s.logits + r * width, s.product + r * width, margin + h * width, largest_gate,
+                        threshold[i], listed[i], i, out.edges + int64_t(i) * T, s.records.get(), &sums);
+      block.records.insert(block.records.end(), s.records.get(), s.records + found);
+      head_sums[i * H + h] = sums.skipped;
+      uncertain[i] += sums.uncertain, signed_sum[i] += sums.signed_sum, absolute[i] += sums.absolute;
+      positive[i] += sums.positive, evaluated[i] += sums.evaluated;
+    }
+    block.head_begin.push_back(static_cast<int64_t>(block.records.size()));
+    if (count > 1 && int64_t(block.records.size()) > record_budget / in.threads) {
+      block.records = {};
+      return false;
+    }
+  }
+  return true;
+}
+
+// Step 4: replaces the value of every record by its exact proximity.
+void Pass::evaluate(const std::vector<Block*>& blocks) {
+  std::vector<int64_t> head_begin(H + 1, 0);
+  for (int64_t h = 0; h < H; ++h) {
+    head_begin[h + 1] = head_begin[h];
+    for (const Block* b : blocks) head_begin[h + 1] += b->head_begin[h + 1] - b->head_begin[h];
+  }
+  gathered.resize(head_begin[H]);
+
+  std::vector<std::vector<SourceGroup>> groups(H);
+  parallel_for(in.threads, H, [&](int64_t h, int) {
+    std::vector<int64_t> at(T + 1, 0);  // a counting sort by source
+    const auto each = [&](const auto& action) {
+      for (Block* b : blocks) {
+        for (int64_t n = b->head_begin[h]; n < b->head_begin[h + 1]; ++n) {
+          if (b->records[n].coefficient != 0) action(b->records[n]);
+        }
+      }
+    };
+    each([&](const Record& record) { ++at[record.source + 1]; });
+    int64_t begin = head_begin[h], sources = 0;
+    const auto close_group = [&](int64_t end) {
+      if (end > begin) groups[h].push_back({h, begin, end});
+      begin = end, sources = 0;
+    };
+    at[0] = head_begin[h];
+    for (int64_t j = 0; j < T; ++j) {
+      sources += at[j + 1] > 0;
+      at[j + 1] += at[j];
+      if (sources == kSources && !in.gate) close_group(at[j + 1]);
+    }
+    const int64_t last = at[T];  // records that are only listed leave room unused
+    if (in.gate) {  // every record has its own u
+      while (begin < last) close_group(std::min(begin + kSources, last));
+    }
+    close_group(last);
+    each([&](Record& record) { gathered[at[record.source]++] = &record; });
+  });
+
+  std::vector<SourceGroup> all;
+  for (const auto& some : groups) all.insert(all.end(), some.begin(), some.end());
+  parallel_for(in.threads, all.size(), [&](int64_t n, int thread) { evaluate(all[n], scratch[thread]); });
+}
+
+void Pass::evaluate(const SourceGroup& group, Scratch& s) {
+  const int64_t h = group.head;
+  const float* v = in.v + h / heads_per_kv * T * E_v;
+  const auto same_u = [&](const Record* a, const Record* b) { return !in.gate && a->source == b->source; };
+
+  int64_t count = 0;
+  for (int64_t n = group.begin; n < group.end; ++n) {
+    const Record* record = gathered[n];
+    if (n > group.begin && same_u(record, gathered[n - 1])) continue;
+    float* x = s.x + count++ * E_v;
+    std::copy(v + record->source * E_v, v + (record->source + 1) * E_v, x);
+    if (in.gate) {
+      const float* gate = in.gate + (record->row * H + h) * E_v;
+      for (int64_t e = 0; e < E_v; ++e) x[e] *= gate[e];
+    }
+  }
+  for (int64_t d = 0; d < D; d += kPanel) {
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, D - d));
+    kernel.pack_columns(in.w_o + h * E_v * D + d, D, columns, E_v, s.panel.get());
+    kernel.multiply(count, E_v, s.x.get(), E_v, s.panel.get(), s.u + d, u_stride, false);
+  }
+
+  for (int64_t n = 0; n < count; ++n) kernel.block_largest(s.u + n * u_stride, D, s.u_largest + n * blocks_of_D);
+
+  int64_t m = 0;
+  for (int64_t n = group.begin; n < group.end; ++n) {
+    Record& record = *gathered[n];
+    if (n > group.begin && !same_u(&record, gathered[n - 1])) ++m;
+    const float over = kernel.overshoot(s.u + m * u_stride, s.u_largest + m * blocks_of_D,
+                                        in.parts.whole + record.row * D, smallest + record.row * blocks_of_D,
+                                        record.coefficient, D);
+    const float value = record.value - 2 * over;
+    record.value = value < 0 ? 0 : value;
+  }
+}
+
+// Step 5.
+void Pass::finish(const Block& block, const int32_t* rows) {
+  for (int64_t h = 0; h < H; ++h) {
+    for (int64_t n = block.head_begin[h]; n < block.head_begin[h + 1]; ++n) {
+      const Record& record = block.records[n];
+      if (record.coefficient == 0) continue;
+      out.edges[record.row * T + record.source] += record.value;
+      head_sums[record.row * H + h] += record.value;
+    }
+  }
+  for (int64_t r = block.begin; r < block.end; ++r) {
+    const int64_t i = rows[r];
+    double normaliser = parts[i].fixed;
+    for (int64_t h = 0; h < H; ++h) normaliser += head_sums[i * H + h];
+    const double inverse = normaliser == 0 ? 0 : 1 / normaliser;
+    out.normaliser[i] = static_cast<float>(normaliser);
+    out.certificate[i] = certificate(uncertain[i], normaliser);
+    out.checksum[i] = checksum(parts[i], signed_sum[i], absolute[i]);
+    for (int64_t h = 0; h < H; ++h) out.per_head[i * H + h] = static_cast<float>(head_sums[i * H + h] * inverse);
+    for (int64_t j = 0; j <= i; ++j) out.edges[i * T + j] = static_cast<float>(out.edges[i * T + j] * inverse);
+    share_fixed_parts(in.parts, i, normaliser, out.residual, out.bias, out.others);
+    head_sums[i * H] = inverse;  // needed below, the sums are not
+  }
+  if (!in.keep_pairs) return;
+  std::vector<KeptPair> kept;
+  for (int64_t h = 0; h < H; ++h) {
+    for (int64_t n = block.head_begin[h]; n < block.head_begin[h + 1]; ++n) {
+      const Record& record = block.records[n];
+      const float share = static_cast<float>(record.value * head_sums[record.row * H]);
+      if (share > in.keep && out.edges[record.row * T + record.source] > in.keep) {
+        kept.push_back({record.row, record.source, static_cast<int32_t>(h), share});
+      }
+    }
+  }
+  const std::lock_guard<std::mutex> lock(kept_mutex);
+  out.kept.insert(out.kept.end(), kept.begin(), kept.end());
+}
+
+}  // namespace
+
+void attention_contributions(const AttentionInput& in, AttentionOutput& out) { Pass(in, out).run(); }
+
+}  // namespace lmtt

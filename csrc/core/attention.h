@@ -1,0 +1,45 @@
+// Contributions of every (head, source) pair to each row of a whole, measured in L1.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/parts.h"
+
+namespace lmtt {
+
+// Shapes as in lmtt.kernels.types.Attention and AttentionTask; all arrays dense, float32.
+struct AttentionInput {
+  int64_t T, H, H_kv, E, E_v;
+  const float *q, *k, *v, *w_o;
+  float scale;
+  float softcap;            // 0: none
+  int64_t window;           // T or more: none
+  const float* sinks;       // the following may be null
+  const float* mask;        // float, with mask_stride floats between heads (0: one for all)
+  const uint8_t* allowed;   // bool, likewise; at most one of the two
+  int64_t mask_stride;
+  const float *alibi, *lse, *row_scale, *gate;
+  Parts parts;
+  double screen;
+  bool keep_pairs;
+  float keep;
+  int64_t workspace;        // bytes
+  int threads;
+};
+
+struct KeptPair {
+  int32_t destination, source, head;
+  float share;
+};
+
+// Caller's arrays, overwritten entirely.
+struct AttentionOutput {
+  float *edges, *per_head, *residual, *bias, *others, *normaliser, *certificate, *checksum;
+  int64_t evaluated = 0, positive = 0;
+  std::vector<KeptPair> kept;  // in no particular order
+};
+
+void attention_contributions(const AttentionInput& in, AttentionOutput& out);
+
+}  // namespace lmtt

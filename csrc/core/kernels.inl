@@ -1,0 +1,413 @@
+// The inner loops, written once; kernels_portable.cpp, kernels_avx2.cpp and kernels_avx512.cpp compile them.
+#include "core/kernels.h"
+#include "core/simd.h"
+
+namespace {
+
+using lmtt::AttentionRow;
+using lmtt::kDepth;
+using lmtt::Record;
+using lmtt::ScreenSums;
+
+static_assert(kLanes == lmtt::kPanel, "a panel is one row of lanes");
+
+// Rows of a product held in registers: accumulators, one row of the panel and one broadcast must fit.
+#if defined(__AVX512F__)
+constexpr int kStrip = 12;
+#elif defined(__AVX2__)
+constexpr int kStrip = 6;
+#elif defined(__aarch64__)
+constexpr int kStrip = 5;
+#else
+constexpr int kStrip = 2;
+#endif
+
+void pack_rows(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* panel) {
+  int64_t k = 0;
+#if defined(__SSE2__)
+  for (; count == kLanes && k + 4 <= depth; k += 4) {  // four by four
+    for (int c = 0; c < kLanes; c += 4) {
+      const float* from = rows + c * stride + k;
+      __m128 w = _mm_loadu_ps(from), x = _mm_loadu_ps(from + stride), y = _mm_loadu_ps(from + 2 * stride),
+             z = _mm_loadu_ps(from + 3 * stride);
+      _MM_TRANSPOSE4_PS(w, x, y, z);
+      float* to = panel + k * kLanes + c;
+      _mm_storeu_ps(to, w);
+      _mm_storeu_ps(to + kLanes, x);
+      _mm_storeu_ps(to + 2 * kLanes, y);
+      _mm_storeu_ps(to + 3 * kLanes, z);
+    }
+  }
+#endif
+  for (; k < depth; ++k) {
+    for (int c = 0; c < kLanes; ++c) panel[k * kLanes + c] = c < count ? rows[c * stride + k] : 0.0f;
+  }
+}
+
+void pack_columns(const float* matrix, ptrdiff_t stride, int count, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; ++k) store(panel + k * kLanes, load_first(matrix + k * stride, count));
+}
+
+template <int Rows>
+LMTT_INLINE void multiply_strip(int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,
+                                ptrdiff_t c_stride, bool accumulate) {
+  Lanes sum[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) sum[r] = splat(0.0f);
+  for (int64_t k = 0; k < depth; ++k) {
+    const Lanes b = load(panel + k * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) sum[r] = fma(splat(a[r * a_stride + k]), b, sum[r]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    float* out = c + r * c_stride;
+    store(out, accumulate ? load(out) + sum[r] : sum[r]);
+  }
+}
+
+template <int Rows>
+void multiply_rest(int64_t rows, int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,
+                   ptrdiff_t c_stride, bool accumulate) {
+  if (rows == Rows) return multiply_strip<Rows>(depth, a, a_stride, panel, c, c_stride, accumulate);
+  if constexpr (Rows > 1) multiply_rest<Rows - 1>(rows, depth, a, a_stride, panel, c, c_stride, accumulate);
+}
+
+void multiply(int64_t rows, int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,
+              ptrdiff_t c_stride, bool accumulate) {
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    const int64_t piece = depth - k < kDepth ? depth - k : kDepth;
+    const bool add = accumulate || k > 0;
+    int64_t r = 0;
+    for (; r + kStrip <= rows; r += kStrip) {
+      multiply_strip<kStrip>(piece, a + r * a_stride + k, a_stride, panel + k * kLanes, c + r * c_stride, c_stride, add);
+    }
+    multiply_rest<kStrip - 1>(rows - r, piece, a + r * a_stride + k, a_stride, panel + k * kLanes, c + r * c_stride,
+                              c_stride, add);
+  }
+}
+
+void signs(const float* y, int64_t n, float* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) store(out + d, sign_of(load(y + d)));
+  if (d < n) store_first(out + d, sign_of(load_first(y + d, n - d)), n - d);
+}
+
+// Calls term(d, lanes available) for d = 0, 16, ...; sums what it returns.
+template <class Term>
+LMTT_INLINE double sum_over(int64_t n, const Term& term) {
+  Sum sum;
+  int run = 0;
+  for (int64_t d = 0; d < n; d += kLanes) {
+    sum.add(term(d, n - d));
+    if (++run == kRun) {
+      sum.empty();
+      run = 0;
+    }
+  }
+  sum.empty();
+  return sum.total;
+}
+
+double absolute_sum(const float* x, int64_t n) {
+  return sum_over(n, [x](int64_t d, int64_t left) { return absolute(load_first(x + d, left)); });
+}
+
+double absolute_dot(const float* x, const float* w, int64_t n) {
+  return sum_over(n, [x, w](int64_t d, int64_t left) {
+    return absolute(load_first(x + d, left)) * load_first(w + d, left);
+  });
+}
+
+void proximity(const float* x, const float* y, int64_t n, double* value, double* dot) {
+  const double raw = sum_over(n, [x, y](int64_t d, int64_t left) {
+    const Lanes whole = load_first(y + d, left), t = flip_by_sign(load_first(x + d, left), whole);
+    const Lanes size = absolute(whole);
+    return smaller((size - t) + size, t);  // (size - t) + size: size + size could overflow
+  });
+  *value = raw < 0 ? 0 : raw;
+  *dot = sum_over(n, [x, y](int64_t d, int64_t left) {
+    return flip_by_sign(load_first(x + d, left), load_first(y + d, left));
+  });
+}
+
+Lanes lane_numbers() {
+  float numbers[kLanes];
+  for (int l = 0; l < kLanes; ++l) numbers[l] = static_cast<float>(l);
+  return load(numbers);
+}
+
+void block_smallest(const float* x, int64_t n, float* smallest) {
+  const Lanes lane = lane_numbers();
+  int64_t b = 0;
+  for (; b * kLanes < n; ++b) {
+    const int64_t left = n - b * kLanes;
+    Lanes size = absolute(load_first(x + b * kLanes, left));
+    if (left < kLanes) size = where(lane < splat(static_cast<float>(left)), size, splat(__builtin_inff()));
+    smallest[b] = smallest_of(size);
+  }
+  for (; b < lmtt::padded(lmtt::panels(n)); ++b) smallest[b] = 0;
+}
+
+void block_largest(const float* x, int64_t n, float* largest) {
+  int64_t b = 0;
+  for (; b * kLanes < n; ++b) largest[b] = largest_of(absolute(load_first(x + b * kLanes, n - b * kLanes)));
+  for (; b < lmtt::padded(lmtt::panels(n)); ++b) largest[b] = 0;
+}
+
+float overshoot(const float* u, const float* u_largest, const float* y, const float* y_smallest, float coefficient,
+                int64_t n) {
+  const Lanes c = splat(coefficient), zero = splat(0.0f), size = absolute(c);
+  // s (c u - y) is c u s - |y|: the sign is applied after the subtraction, so only y itself is read
+  const auto term = [&](const Lanes& uu, const Lanes& yy) {
+    return larger(flip_by_sign(fms(c, uu, yy), yy), zero);
+  };
+  Lanes even = zero, odd = zero;  // two sums, so that one addition need not wait for the other
+  constexpr int64_t kGroup = kLanes * kLanes;
+  for (int64_t d = 0; d < n; d += kGroup) {
+    const float *ud = u + d, *yd = y + d;
+    unsigned active = mask_of(size * load(u_largest + d / kLanes) > load(y_smallest + d / kLanes));
+    if (__builtin_popcount(active) > kLanes / 2 && n - d >= kGroup) {  // going through all is faster than choosing
+#pragma GCC unroll 2
+      for (int b = 0; b < kLanes; b += 2) {
+        even = even + term(load(ud + b * kLanes), load(yd + b * kLanes));
+        odd = odd + term(load(ud + (b + 1) * kLanes), load(yd + (b + 1) * kLanes));
+      }
+      continue;
+    }
+    if (n - d < kGroup && n % kLanes) {  // a last block with fewer lanes
+      const int b = static_cast<int>((n - d) / kLanes);
+      const int64_t left = n % kLanes;
+      if (active >> b & 1) even = even + term(load_first(ud + b * kLanes, left), load_first(yd + b * kLanes, left));
+      active &= (1u << b) - 1;
+    }
+    for (; active & (active - 1); active &= active - 1) {
+      const int b = __builtin_ctz(active);
+      even = even + term(load(ud + b * kLanes), load(yd + b * kLanes));
+      active &= active - 1;
+      const int b2 = __builtin_ctz(active);
+      odd = odd + term(load(ud + b2 * kLanes), load(yd + b2 * kLanes));
+    }
+    if (active) {
+      const int b = __builtin_ctz(active);
+      even = even + term(load(ud + b * kLanes), load(yd + b * kLanes));
+    }
+  }
+  return static_cast<float>(sum_of(even + odd));
+}
+
+void attend(const AttentionRow& row, float* x) {
+  const Lanes nothing = splat(-__builtin_inff());
+  const Lanes scale = splat(row.scale);
+  const Lanes lane = lane_numbers();
+
+  // 1. logits, and their largest
+  Lanes best = nothing;
+  for (int64_t j = row.begin; j < row.end; j += kLanes) {
+    Lanes z = load(x + j) * scale;
+    if (row.softcap > 0) z = splat(row.softcap) * hyperbolic_tangent(z / splat(row.softcap));
+    const int64_t left = row.last + 1 - j;
+    if (row.mask) z = z + load_first(row.mask + j, left);
+    if (row.alibi != 0) z = z - splat(row.alibi) * (splat(static_cast<float>(row.last - j)) - lane);
+    if (row.allowed) {
+      float may[kLanes] = {};
+      for (int l = 0; l < kLanes && l < left; ++l) may[l] = row.allowed[j + l] ? 1.0f : 0.0f;
+      z = where(load(may) > splat(0.0f), z, nothing);
+    }
+    if (j < row.first || left < kLanes) {
+      // j counts from the row's ends, so the differences are small and exact in float
+      const Lanes after = lane - splat(static_cast<float>(row.first - j)), before = splat(static_cast<float>(left)) - lane;
+      z = where((after > splat(-0.5f)) & (before > splat(0.5f)), z, nothing);
+    }
+    store(x + j, z);
+    best = larger(best, z);
+  }
+
+  // 2. the row's log-sum-exp as an offset and a factor: A = exp(z - offset) * factor
+  float offset = row.has_lse ? row.lse : largest_of(best), factor = row.row_scale;
+  if (!row.has_lse && row.has_sink && row.sink > offset) offset = row.sink;
+  if (offset == -__builtin_inff()) {  // nothing may be attended to: no source has any weight, unless one is NaN
+    Lanes nan = splat(0.0f);
+    for (int64_t j = row.begin; j < row.end; j += kLanes) nan = nan + keep_if(load(x + j) != load(x + j), load(x + j));
+    if (sum_of(nan) == 0) {
+      for (int64_t j = row.begin; j < row.end; j += kLanes) store(x + j, splat(0.0f));
+      return;
+    }
+  }
+  if (!row.has_lse) {
+    Sum sum;
+    int run = 0;
+    for (int64_t j = row.begin; j < row.end; j += kLanes) {
+      const Lanes a = exponential(load(x + j) - splat(offset));
+      store(x + j, a);
+      sum.add(a);
+      if (++run == kRun) {
+        sum.empty();
+        run = 0;
+      }
+    }
+    sum.empty();
+    if (row.has_sink) sum.total += sum_of(exponential(splat(row.sink - offset))) / kLanes;
+    factor = static_cast<float>(static_cast<double>(row.row_scale) / sum.total);
+  }
+
+  // 3. coefficients
+  for (int64_t j = row.begin; j < row.end; j += kLanes) {
+    Lanes a = load(x + j);
+    if (row.has_lse) a = exponential(a - splat(offset));
+    a = a * splat(factor);
+    if (j < row.first || row.last + 1 - j < kLanes) {  // a NaN factor must not reach sources outside the row
+      const Lanes after = lane - splat(static_cast<float>(row.first - j));
+      const Lanes before = splat(static_cast<float>(row.last + 1 - j)) - lane;
+      a = keep_if((after > splat(-0.5f)) & (before > splat(0.5f)), a);
+    }
+    store(x + j, a);
+  }
+}
+
+int64_t screen(int64_t begin, int64_t end, const float* coefficient, const float* product, const float* margin,
+               float margin_scale, float threshold, float listed, int32_t row, float* edges, Record* records,
+               ScreenSums* out) {
+  const Lanes zero = splat(0.0f), limit = splat(threshold), list_limit = splat(listed), scale = splat(margin_scale);
+  Sum skipped, uncertain, signed_sum, absolute_sum;
+  int64_t count = 0, positive = 0, evaluated = 0;
+  int run = 0;
+  for (int64_t j = begin; j < end; j += kLanes) {
+    const Lanes c = load(coefficient + j);
+    const Lanes g = keep_if(c != zero, c * load(product + j));  // a source without weight adds nothing, not even NaN
+    const Lanes doubt = absolute(c) * (load(margin + j) * scale);
+    const Lanes bound = g + doubt;
+    const Lanes first_order = larger(g, zero);
+    const Choice open = bound > limit, possible = bound > zero;
+    const Lanes kept = where(open, zero, first_order);
+    skipped.add(kept);
+    uncertain.add(where(open, zero, keep_if(possible, first_order + doubt)));
+    signed_sum.add(g);
+    absolute_sum.add(absolute(g));
+    store_first(edges + j, load_first(edges + j, end - j) + kept, end - j);
+    positive += __builtin_popcount(mask_of(possible));
+    const unsigned exact = mask_of(open);
+    evaluated += __builtin_popcount(exact);
+    unsigned left = exact | mask_of(g > list_limit);
+    if (left) {
+      float gs[kLanes];
+      store(gs, g);
+      for (; left; left &= left - 1) {
+        const int l = __builtin_ctz(left);
+        records[count++] = {row, static_cast<int32_t>(j + l), exact >> l & 1 ? coefficient[j + l] : 0.0f, gs[l]};
+      }
+    }
+    if (++run == kRun) {
+      skipped.empty(), uncertain.empty(), signed_sum.empty(), absolute_sum.empty();
+      run = 0;
+    }
+  }
+  skipped.empty(), uncertain.empty(), signed_sum.empty(), absolute_sum.empty();
+  out->skipped = skipped.total;
+  out->uncertain = uncertain.total;
+  out->signed_sum = signed_sum.total;
+  out->absolute = absolute_sum.total;
+  out->positive = positive;
+  out->evaluated = evaluated;
+  return count;
+}
+
+int64_t screen_neurons(int64_t count, const float* act, float scale, const float* product, const float* margin,
+                       float threshold, int32_t row, int32_t first, float* values, Record* records, ScreenSums* out) {
+  const Lanes zero = splat(0.0f), limit = splat(threshold), factor = splat(scale);
+  Sum signed_sum, absolute_sum;
+  int64_t found = 0, positive = 0;
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const int64_t left = count - n;
+    const Lanes c = load_first(act + n, left) * factor;
+    const Lanes g = keep_if(c != zero, c * load(product + n));
+    const Lanes bound = fma(absolute(c), load_first(margin + n, left), g);
+    const Choice possible = bound > zero;
+    signed_sum.add(g);
+    absolute_sum.add(absolute(g));
+    store_first(values + n, where(possible, flip_by_sign(larger(g, zero), splat(-1.0f)), where(g != g, g, zero)), left);
+    positive += __builtin_popcount(mask_of(possible));
+    unsigned open = mask_of(bound > limit);
+    if (open) {
+      float gs[kLanes], cs[kLanes];
+      store(gs, g);
+      store(cs, c);
+      for (; open; open &= open - 1) {
+        const int l = __builtin_ctz(open);
+        records[found++] = {row, static_cast<int32_t>(first + n + l), cs[l], gs[l]};
+      }
+    }
+  }
+  signed_sum.empty(), absolute_sum.empty();
+  out->signed_sum = signed_sum.total;
+  out->absolute = absolute_sum.total;
+  out->positive = positive;
+  out->evaluated = found;
+  return found;
+}
+
+// The bound of a first-order value, which is stored as -relu(g).
+LMTT_INLINE Lanes bound_of(const Lanes& value, const Lanes& act, const Lanes& scale, const Lanes& margin) {
+  return fma(absolute(act * scale), margin, absolute(value));
+}
+LMTT_INLINE Choice is_first_order(const Lanes& value) { return sign_of(value) < splat(0.0f); }
+
+uint64_t exact_above(int64_t count, const float* values, float least) {
+  uint64_t found = 0;
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const Lanes value = load_first(values + n, count - n), limit = splat(least);
+    const unsigned exact = mask_of(splat(0.0f) < sign_of(value));
+    const unsigned above = mask_of(value > limit) | mask_of(value != value);
+    const unsigned inside = count - n < kLanes ? (1u << (count - n)) - 1 : 0xffffu;
+    found |= static_cast<uint64_t>(exact & above & inside) << n;
+  }
+  return found;
+}
+
+uint64_t open_from(int64_t count, const float* values, const float* act, float scale, const float* margin,
+                   float least) {
+  uint64_t found = 0;
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const int64_t left = count - n;
+    const Lanes value = load_first(values + n, left);
+    const Lanes bound = bound_of(value, load_first(act + n, left), splat(scale), load_first(margin + n, left));
+    const unsigned below = mask_of(bound < splat(least));
+    const unsigned inside = left < kLanes ? (1u << left) - 1 : 0xffffu;
+    found |= static_cast<uint64_t>(mask_of(is_first_order(value)) & ~below & inside) << n;
+  }
+  return found;
+}
+
+void neuron_sums(int64_t count, const float* values, const float* act, float scale, const float* margin,
+                 double* total, double* uncertain) {
+  *total = absolute_sum(values, count);
+  *uncertain = sum_over(count, [=](int64_t n, int64_t left) {
+    const Lanes value = load_first(values + n, left);
+    const Lanes bound = bound_of(value, load_first(act + n, left), splat(scale), load_first(margin + n, left));
+    return keep_if(is_first_order(value), bound);
+  });
+}
+
+float multiply_add_chain(int64_t rounds, int64_t* multiply_adds) {
+  constexpr int kChains = kParts == 1 ? 10 : kParts == 2 ? 5 : 3;  // enough to hide the latency, few enough for registers
+  Lanes x[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) x[i] = splat(static_cast<float>(i));
+  const Lanes a = splat(0.999f), b = splat(0.001f);
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) x[i] = fma(x[i], a, b);
+  }
+  double sum = 0;
+  for (int i = 0; i < kChains; ++i) sum += sum_of(x[i]);
+  *multiply_adds = rounds * kChains * kLanes;
+  return static_cast<float>(sum);
+}
+
+constexpr lmtt::Kernels table(const char* name) {
+  return {name,          pack_rows, pack_columns, multiply,       signs,       absolute_sum, absolute_dot, proximity,
+          block_smallest, block_largest, overshoot, attend,      screen,      screen_neurons,
+          exact_above,   open_from, neuron_sums,  multiply_add_chain};
+}
+
+}  // namespace

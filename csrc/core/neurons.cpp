@@ -1,0 +1,219 @@
+// Neurons, in three steps.
+//
+// 1. Prepare: |whole|_1 and the fixed parts of each row; |W_down[n]|_1 for the rounding margins.
+// 2. Tiles of 128 neurons by some rows: G = sign(whole) W_down^T, c = row_scale * act, g = c * G. Neurons whose
+//    bound is above the threshold are evaluated at once: proximity = max(0, g - 2 * sum relu(c w sign(y) - |y|)).
+// 3. Rows: the k largest. A neuron that kept its first-order value is evaluated too where its bound reaches the
+//    k-th largest exact value, by falling bound; then the sums are taken and divided.
+//
+// No number depends on the rows of a tile or on which thread computes what: a tile's neurons are the same always.
+#include "core/neurons.h"
+
+#include <algorithm>
+
+namespace lmtt {
+namespace {
+
+constexpr int64_t kTile = 8 * kPanel;  // neurons of a tile: their rows of W_down are packed together
+constexpr int64_t kTileRows = 192;     // rows that one thread takes: more share the packing, fewer share the work
+constexpr int64_t kSigns = 24;         // rows of signs that are formed together
+
+struct Scratch {  // one thread's memory
+  Buffer<float> panels, signs, product;
+  Buffer<Record> records;
+  std::vector<std::pair<float, int32_t>> best, open;
+};
+
+class Pass {
+ public:
+  Pass(const NeuronInput& input, NeuronOutput& output);
+  void run();
+
+ private:
+  void prepare();
+  void tile(int64_t tile, int64_t begin, int64_t end, Scratch& scratch);
+  void finish(int64_t i, Scratch& scratch);
+  float exact(int64_t i, int64_t n, float coefficient, float g) const {
+    const float over = kernel.overshoot(in.w_down + n * D, largest + n * blocks, in.parts.whole + i * D,
+                                        smallest + i * blocks, coefficient, D);
+    const float value = g - 2 * over;
+    return value < 0 ? 0 : value;
+  }
+  float scale(int64_t i) const { return in.row_scale ? in.row_scale[i] : 1; }
+
+  const NeuronInput& in;
+  NeuronOutput& out;
+  const Kernels& kernel = kernels();
+  const int64_t T, F, D, tiles, blocks;  // blocks: of sixteen coordinates
+  int64_t rows_at_once, first_row = 0;
+  std::vector<float> threshold;    // [T]
+  std::vector<PartsRow> parts;     // [T]
+  Buffer<float> margin;            // [F]: rounding error of G at most
+  Buffer<float> smallest;          // [T, blocks] of whole
+  Buffer<float> largest;           // [F, blocks] of w_down
+  Buffer<float> values;            // [rows at once, F]: first-order -relu(g) with the sign bit set, or exact
+  Buffer<ScreenSums> sums;         // [rows at once, tiles]
+  std::vector<int64_t> positive, evaluated;  // [T]
+  std::vector<Scratch> scratch;    // by thread
+};
+
+Pass::Pass(const NeuronInput& input, NeuronOutput& output)
+    : in(input), out(output), T(in.T), F(in.F), D(in.parts.D), tiles((in.F + kTile - 1) / kTile),
+      blocks(padded(panels(in.parts.D))) {
+  const int64_t per_row = F * int64_t(sizeof(float)) + tiles * int64_t(sizeof(ScreenSums));
+  rows_at_once = std::min(T, std::max(kSigns, in.workspace / 2 / per_row));
+  threshold.resize(T), parts.resize(T), positive.resize(T), evaluated.resize(T);
+  margin = Buffer<float>(F);
+  smallest = Buffer<float>(T * blocks);
+  largest = Buffer<float>(F * blocks);
+  values = Buffer<float>(rows_at_once * F);
+  sums = Buffer<ScreenSums>(rows_at_once * tiles);
+  scratch.resize(in.threads);
+  for (Scratch& s : scratch) {
+    s.panels = Buffer<float>(kTile * kDepth);
+    s.signs = Buffer<float>(kSigns * kDepth);
+    s.product = Buffer<float>(kTileRows * kTile);
+    s.records = Buffer<Record>(kTile);
+  }
+}
+
+void Pass::run() {
+  prepare();
+  for (first_row = 0; first_row < T; first_row += rows_at_once) {
+    const int64_t end = std::min(T, first_row + rows_at_once);
+    const int64_t stripes = (end - first_row + kTileRows - 1) / kTileRows;
+    parallel_for(in.threads, tiles * stripes, [&](int64_t item, int thread) {
+      const int64_t begin = first_row + item / tiles * kTileRows;
+      tile(item % tiles, begin, std::min(end, begin + kTileRows), scratch[thread]);
+    });
+    parallel_for(in.threads, end - first_row,
+                 [&](int64_t r, int thread) { finish(first_row + r, scratch[thread]); });
+  }
+  for (int64_t i = 0; i < T; ++i) out.positive += positive[i], out.evaluated += evaluated[i];
+}
+
+void Pass::prepare() {
+  const double gamma = rounding(chain(D) + 8);  // 8: the coefficient and the margin itself
+  parallel_for(in.threads, panels(F), [&](int64_t p, int) {
+    for (int64_t n = p * kPanel; n < std::min(F, (p + 1) * kPanel); ++n) {
+      margin[n] = static_cast<float>(gamma * kernel.absolute_sum(in.w_down + n * D, D));
+      kernel.block_largest(in.w_down + n * D, D, largest + n * blocks);
+    }
+  });
+  parallel_for(in.threads, T, [&](int64_t i, int) {
+    parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
+    threshold[i] = static_cast<float>(in.screen * parts[i].size);
+    kernel.block_smallest(in.parts.whole + i * D, D, smallest + i * blocks);
+  });
+}
+
+// Step 2, for rows begin..end.
+void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s) {
+  const int64_t n0 = t * kTile, count = std::min(F - n0, kTile);
+  for (int64_t d = 0; d < D; d += kDepth) {
+    const int64_t depth = std::min(kDepth, D - d);
+    for (int64_t n = 0; n < count; n += kPanel) {
+      const int rows = static_cast<int>(std::min<int64_t>(kPanel, count - n));
+      kernel.pack_rows(in.w_down + (n0 + n) * D + d, D, rows, depth, s.panels + n * depth);
+    }
+    for (int64_t r = begin; r < end; r += kSigns) {
+      const int64_t rows = std::min(kSigns, end - r);
+      for (int64_t m = 0; m < rows; ++m) kernel.signs(in.parts.whole + (r + m) * D + d, depth, s.signs + m * depth);
+      for (int64_t n = 0; n < count; n += kPanel) {
+        kernel.multiply(rows, depth, s.signs.get(), depth, s.panels + n * depth,
+                        s.product + (r - begin) * kTile + n, kTile, d > 0);
+      }
+    }
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    float* row_values = values + (i - first_row) * F + n0;
+    ScreenSums& row_sums = sums[(i - first_row) * tiles + t];
+    const int64_t found = kernel.screen_neurons(
+        count, in.act + i * F + n0, scale(i), s.product + (i - begin) * kTile, margin + n0, threshold[i],
+        static_cast<int32_t>(i), static_cast<int32_t>(n0), row_values, s.records.get(), &row_sums);
+    for (int64_t m = 0; m < found; ++m) {
+      const Record& record = s.records[m];
+      row_values[record.source - n0] = exact(i, record.source, record.coefficient, record.value);
+    }
+  }
+}
+
+// Step 3, for one row.
+void Pass::finish(int64_t i, Scratch& s) {
+  float* row = values + (i - first_row) * F;
+  const float* act = in.act + i * F;
+  const auto coefficient = [&](int64_t n) { return act[n] * scale(i); };
+  const auto before = [](const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
+    return a.first != b.first ? a.first > b.first : a.second < b.second;
+  };
+  const auto rank = [](float value) { return value != value ? INFINITY : value; };  // NaN first: an order needs one
+
+  double signed_sum = 0, absolute = 0;
+  positive[i] = evaluated[i] = 0;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const ScreenSums& part = sums[(i - first_row) * tiles + t];
+    signed_sum += part.signed_sum, absolute += part.absolute;
+    positive[i] += part.positive, evaluated[i] += part.evaluated;
+  }
+
+  // `best` is a heap of the k largest exact values with the worst on top; `open` holds bounds, the largest on top
+  s.best.clear(), s.open.clear();
+  const auto offer = [&](float value, int64_t n) {
+    const std::pair<float, int32_t> entry{rank(value), static_cast<int32_t>(n)};
+    if (int64_t(s.best.size()) == in.k) {
+      if (!before(entry, s.best.front())) return;
+      std::pop_heap(s.best.begin(), s.best.end(), before);
+      s.best.pop_back();
+    }
+    s.best.push_back(entry);
+    std::push_heap(s.best.begin(), s.best.end(), before);
+  };
+  constexpr int64_t kSome = 64;
+  for (int64_t n = 0; n < F; n += kSome) {
+    const float least = int64_t(s.best.size()) == in.k ? s.best.front().first : -INFINITY;
+    for (uint64_t set = kernel.exact_above(std::min(kSome, F - n), row + n, least); set; set &= set - 1) {
+      offer(row[n + __builtin_ctzll(set)], n + __builtin_ctzll(set));
+    }
+  }
+  const auto below_best = [&](float bound) {
+    return int64_t(s.best.size()) == in.k && bound < s.best.front().first;
+  };
+  const auto smaller_bound = [&](const auto& a, const auto& b) { return before(b, a); };
+  const float least = int64_t(s.best.size()) == in.k ? s.best.front().first : -INFINITY;
+  for (int64_t n = 0; n < F; n += kSome) {
+    const int64_t some = std::min(kSome, F - n);
+    for (uint64_t set = kernel.open_from(some, row + n, act + n, scale(i), margin + n, least); set; set &= set - 1) {
+      const int64_t m = n + __builtin_ctzll(set);
+      s.open.emplace_back(rank(std::fabs(coefficient(m)) * margin[m] - row[m]), static_cast<int32_t>(m));
+    }
+  }
+  std::make_heap(s.open.begin(), s.open.end(), smaller_bound);
+  while (!s.open.empty() && !below_best(s.open.front().first)) {
+    const int64_t n = s.open.front().second;
+    std::pop_heap(s.open.begin(), s.open.end(), smaller_bound);
+    s.open.pop_back();
+    row[n] = exact(i, n, coefficient(n), -row[n]);
+    ++evaluated[i];
+    offer(row[n], n);
+  }
+
+  double total, uncertain;
+  kernel.neuron_sums(F, row, act, scale(i), margin.get(), &total, &uncertain);
+  const double normaliser = parts[i].fixed + total;
+  const double inverse = normaliser == 0 ? 0 : 1 / normaliser;
+  std::sort_heap(s.best.begin(), s.best.end(), before);
+  for (int64_t n = 0; n < in.k; ++n) {
+    out.index[i * in.k + n] = s.best[n].second;
+    out.value[i * in.k + n] = static_cast<float>(s.best[n].first * inverse);
+  }
+  out.normaliser[i] = static_cast<float>(normaliser);
+  out.certificate[i] = certificate(uncertain, normaliser);
+  out.checksum[i] = checksum(parts[i], signed_sum, absolute);
+  share_fixed_parts(in.parts, i, normaliser, out.residual, out.bias, out.others);
+}
+
+}  // namespace
+
+void neuron_contributions(const NeuronInput& in, NeuronOutput& out) { Pass(in, out).run(); }
+
+}  // namespace lmtt
