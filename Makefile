@@ -1,6 +1,7 @@
 # The few commands of this project. Each works alone, in any order, and again after an interrupted try.
 #   make demo    trace "The capital of France is" and write demo/route.html
 #   make test    the whole test suite
+#   make test-sanitize   the native kernels' tests under AddressSanitizer and UBSan
 #   make lint    ruff and mypy
 #   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
 #   make clean   remove the environment and everything built
@@ -15,9 +16,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 
-.PHONY: demo test lint bench bench-quick clean setup setup-test setup-bench
+.PHONY: demo test test-sanitize lint bench bench-quick clean setup setup-test setup-bench
 
 setup: $(VENV)/.lmtt-installed
 setup-test: $(VENV)/.lmtt-test-installed
@@ -51,6 +52,17 @@ demo: setup
 
 test: setup-test
 	$(BIN)/python -m pytest
+
+# A second copy of the package with its own extension, so that the installed one stays as it is. Python itself
+# leaks on exit, so leaks are not looked for.
+test-sanitize: setup-test
+	rm -rf build/sanitized && mkdir -p build/sanitized
+	cp -R lmtt build/sanitized/ && cp -R kernels build/sanitized/lmtt/ && cp -R viz build/sanitized/lmtt/
+	rm -f build/sanitized/lmtt/*.so
+	LMTT_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitized --build-temp build/sanitized-o
+	@# libstdc++ is preloaded too: the sanitizer looks for its __cxa_throw before Python has loaded it.
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/native
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -135,7 +135,7 @@ py::dict attention(const py::kwargs& kwargs) {
   in.row_scale = a.floats_or_null("row_scale", {T}), in.gate = a.floats_or_null("gate", {T, H, in.E_v});
   std::vector<const float*> others;
   in.parts = parts_of(a, "resid_pre", T, D, others);
-  in.screen = a.value<double>("screen");
+  in.screen = a.value<double>("screen"), in.max_certificate = a.value<double>("max_certificate");
   in.keep_pairs = a.has("keep");
   in.keep = in.keep_pairs ? a.value<float>("keep") : 0;
   in.workspace = a.value<int64_t>("workspace");
@@ -155,6 +155,7 @@ py::dict attention(const py::kwargs& kwargs) {
   static_assert(sizeof(lmtt::KeptPair) == 16, "four words");
   py::dict result;
   result["evaluated"] = out.evaluated, result["positive"] = out.positive;
+  result["reevaluated"] = out.reevaluated;
   result["kept"] = py::bytearray(reinterpret_cast<const char*>(out.kept.data()), out.kept.size() * 16);
   return result;
 }

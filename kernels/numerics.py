@@ -27,7 +27,8 @@ SHARE_TOLERANCE = {torch.float32: 4e-6, torch.float64: 2e-12}
 
 # Share of a row's checksum that may not cancel. 16-bit streams are rounded after every addition, so the
 # recorded whole is not the sum of its parts: up to 3.8e-3 of |whole| in bfloat16, an eighth of it in float16.
-CHECKSUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
+# A float64 model is allowed 1e-6 because most norms compute in float32 even there.
+CHECKSUM_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 # max |added - sum of parts| / max |added| of a sublayer. 16-bit models round inside the sublayer too; their
 # structure is proved on a float32 twin.

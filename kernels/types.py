@@ -77,6 +77,7 @@ class AttentionTask:
     bias: Tensor | None = None  # [D] or [T, D]
     others: tuple[Tensor, ...] = ()  # each [T, D]: further parts, such as the MLP of a parallel block
     screen: float = 0.0  # pairs whose bound is <= screen * |whole|_1 keep their first-order value
+    max_certificate: float = 1.0  # rows that screening leaves less certain are evaluated again without it
     keep: float | None = None  # also list pairs with share > keep on edges with share > keep
     measure: Measure = "l1"
     workspace: int = 64 << 20  # bytes that a backend may hold beyond inputs and results
@@ -111,8 +112,9 @@ class AttentionResult:
         Tensor  # [T], |sum over parts <part, sign(whole)> - |whole|_1| / sum over parts |<part, sign(whole)>|
     )
     kept: Pairs | None  # value = share; None unless asked for
-    evaluated: int  # pairs evaluated exactly
+    evaluated: int  # exact evaluations made
     positive: int  # pairs whose bound was positive
+    reevaluated: int  # rows evaluated again because of max_certificate
 
 
 @dataclass(frozen=True)

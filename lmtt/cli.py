@@ -21,10 +21,13 @@ from lmtt import __version__
 from lmtt.errors import InputError, LmttError, RunError, one_line
 
 if TYPE_CHECKING:
+    from lmtt.generate import Generation
     from lmtt.graph.routes import Route
+    from lmtt.lens.logit_attribution import LogitContributions
     from lmtt.trace import Trace
 
 MAX_PROMPT_BYTES = 16 << 20
+LOGIT_PARTS = 10  # how many are worth a line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,6 +108,11 @@ def _trace_parser(commands: Any) -> None:
         "--chat", metavar="FILE.json", help="a list of {role, content}; the chat template is applied"
     )
     parser.add_argument("--no-special-tokens", action="store_true", help="add no BOS or other special tokens")
+    parser.add_argument("--generate", type=int, metavar="N", help="let it go on for at most N tokens first")
+    parser.add_argument("--temperature", type=_number, help="sample what it generates [the most probable]")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling [%(default)s]")
+    parser.add_argument("--target", metavar="TOKEN", help="also split this next token's logit over its parts")
+    parser.add_argument("--foil", metavar="TOKEN", help="of the target's logit minus this token's")
     _route_options(parser)
     parser.add_argument(
         "--floor", type=_number, default=1e-3, help="keep edges with contribution above this [%(default)s]"
@@ -138,12 +146,21 @@ def _show_parser(commands: Any) -> None:
 
 
 def _route_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--position", type=int, default=-1, help="the route's target [the last token]")
+    parser.add_argument("--position", type=int, help="the route's target [the last token of the prompt]")
     parser.add_argument(
         "--threshold", type=_number, default=0.04, help="edges above this are on the route [%(default)s]"
     )
     parser.add_argument(
         "--renormalize", action="store_true", help="drop contributions below it and renormalise first"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("token", "word", "sentence", "turn"),
+        default="token",
+        help="whose shares to list [%(default)s]",
+    )
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal"
     )
     parser.add_argument("--json", metavar="FILE", help="write the route as JSON; - is stdout")
     parser.add_argument("--csv", metavar="FILE", help="write the route's edges as CSV")
@@ -174,6 +191,14 @@ def _trace(options: argparse.Namespace) -> None:
             remedy=f"trace with --floor {options.threshold}",
         )
     prompt = _read_prompt(options)
+    if options.by == "turn" and not isinstance(prompt, list):
+        raise InputError("the prompt has no turns", expected="--chat FILE.json", got="text")
+    if options.generate is None and options.temperature is not None:
+        raise InputError("--temperature has nothing to sample", remedy="use it with --generate N")
+    if options.generate is not None and options.generate < 1:
+        raise InputError("--generate is out of range", expected="1 or more", got=options.generate)
+    if options.foil is not None and options.target is None:
+        raise InputError("a foil without a target", remedy="name the target with --target")
     for path in (options.html, options.json, options.csv, options.neuronpedia):
         _check_writable(path)
     if options.out:
@@ -190,19 +215,37 @@ def _trace(options: argparse.Namespace) -> None:
             backend=options.backend,
             allow_nonfinite=options.allow_nonfinite,
         )
-        trace = engine.trace(
-            prompt if not isinstance(prompt, list) else None,
-            chat=prompt if isinstance(prompt, list) else None,
-            add_special_tokens=False if options.no_special_tokens else None,
-            floor=options.floor,
-            measure=options.measure,
-            keep=options.keep,
-            progress=report,
-        )
-    route = trace.route(options.position, options.threshold, options.renormalize)
+        common: dict[str, Any] = {
+            "chat": prompt if isinstance(prompt, list) else None,
+            "add_special_tokens": False if options.no_special_tokens else None,
+            "floor": options.floor,
+            "measure": options.measure,
+            "keep": options.keep,
+            "progress": report,
+        }
+        text = prompt if not isinstance(prompt, list) else None
+        tokens = [t for t in (options.target, options.foil) if t is not None]
+        generation, position = None, -1 if options.position is None else options.position
+        if options.generate is None:
+            trace = engine.trace(text, targets=tokens, **common)
+        else:
+            for token in tokens:
+                engine.token_id(token)
+            generation = engine.generate(
+                text,
+                max_new_tokens=options.generate,
+                do_sample=options.temperature is not None,
+                temperature=1.0 if options.temperature is None else options.temperature,
+                seed=options.seed,
+                **common,
+            )
+            trace = generation.trace
+            position = generation.prompt - 1 if options.position is None else position
+        logits = trace.logit_contributions(options.target, options.foil, position) if tokens else None
+    route = trace.route(position, options.threshold, options.renormalize)
     if options.out:
         trace.save(options.out, force=options.force)
-    _deliver(trace, route, options)
+    _deliver(trace, route, options, generation, logits)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -213,7 +256,8 @@ def _show(options: argparse.Namespace) -> None:
     from lmtt.trace import Trace
 
     trace = Trace(read_run(options.path, residual=False))
-    _deliver(trace, trace.route(options.position, options.threshold, options.renormalize), options)
+    position = -1 if options.position is None else options.position
+    _deliver(trace, trace.route(position, options.threshold, options.renormalize), options)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -223,8 +267,15 @@ def _doctor(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
+def _deliver(
+    trace: Trace,
+    route: Route,
+    options: argparse.Namespace,
+    generation: Generation | None = None,
+    logits: LogitContributions | None = None,
+) -> None:
     """The files that were asked for, then a summary: on stdout unless JSON goes there."""
+    summary = route.summary(options.by)
     if options.html:
         from lmtt.graph.export import write_text
         from lmtt.viz.page import route_page
@@ -240,7 +291,15 @@ def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
     if options.neuronpedia:
         route.to_neuronpedia(options.neuronpedia)
     stream = sys.stderr if options.json == "-" else sys.stdout
-    for line in route.summary():
+    if options.color == "always" or (options.color == "auto" and stream.isatty()):
+        from lmtt import terminal
+
+        always = options.color == "always"
+        terminal.show(trace, route, by=options.by, generation=generation, file=stream, always=always)
+    else:
+        for line in summary if generation is None else [*summary, "", *generation.summary(options.by)]:
+            print(line, file=stream)
+    for line in _logit_lines(logits) if logits is not None else ():
         print(line, file=stream)
     for what, path in (
         ("run", getattr(options, "out", None)),
@@ -251,6 +310,16 @@ def _deliver(trace: Trace, route: Route, options: argparse.Namespace) -> None:
     ):
         if path and path != "-":
             print(f"{what}: {path}", file=stream)
+
+
+def _logit_lines(logits: LogitContributions) -> Iterator[str]:
+    from lmtt.graph.text import quoted
+
+    foil = "" if logits.foil is None else ", target minus foil"
+    yield ""
+    yield f"logit of {quoted(logits.name, 48)}{foil}: {logits.logit:.3f}, of which"
+    for part in logits.top(LOGIT_PARTS):
+        yield f"  {part.logit:+7.3f}  {part.what}"
 
 
 # --- input and output ---

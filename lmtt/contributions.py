@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lmtt.errors import StructureError
 from lmtt.kernels import measures, registry
-from lmtt.kernels.proximity.reference import pair_shares as exact_rows
 from lmtt.kernels.types import (
     AttentionResult,
     AttentionTask,
@@ -29,7 +28,6 @@ from lmtt.kernels.types import (
     Measure,
     NeuronResult,
     NeuronTask,
-    Pairs,
 )
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, OpaqueWrite, Stage
 
@@ -117,6 +115,7 @@ def attention_task(block: Block, settings: Settings, *, screen: float, keep: flo
         bias=attention.bias,
         others=others,
         screen=screen,
+        max_certificate=MAX_CERTIFICATE,
         keep=keep,
         measure=settings.measure,
         workspace=settings.workspace,
@@ -188,10 +187,7 @@ def layer_shares(layer: CapturedLayer, settings: Settings) -> LayerShares:
         choices.append(choice)
         checksums.append(float(result.checksum.max()))
         evaluated, positive = result.evaluated, result.positive
-        doubtful = int((result.certificate > MAX_CERTIFICATE).sum()) if task.screen > 0 else 0
-        if doubtful:
-            reevaluated = doubtful
-            result = _reevaluate(task, result, settings)
+        reevaluated = result.reevaluated
         arrays |= _attention_arrays(block, result, settings.floor)
     else:
         arrays |= _opaque_arrays(block, settings.measure)
@@ -219,44 +215,6 @@ def layer_shares(layer: CapturedLayer, settings: Settings) -> LayerShares:
     )
 
 
-def _reevaluate(task: AttentionTask, result: AttentionResult, settings: Settings) -> AttentionResult:
-    """Evaluate the doubtful rows exactly and put them in the place of the screened ones."""
-    rows = torch.nonzero(result.certificate > MAX_CERTIFICATE).flatten()
-    exact = exact_rows(task, rows.tolist())
-    edges = result.edges.clone()
-    edges[rows] = exact.shares.sum(1)
-    per_head = result.per_head.clone()
-    per_head[rows] = exact.shares.sum(2)
-    certificate = result.certificate.clone()
-    certificate[rows] = 0
-    values: dict[str, Tensor] = {}
-    for name in ("residual", "bias", "others", "normaliser"):
-        values[name] = getattr(result, name).clone()
-        values[name][rows] = getattr(exact, name)
-    kept = result.kept
-    assert kept is not None
-    stays = ~torch.isin(kept.destination, rows)
-    row, head, source = torch.nonzero(
-        (exact.shares > settings.floor) & (exact.shares.sum(1, keepdim=True) > settings.floor), as_tuple=True
-    )
-    merged = [
-        torch.cat([old[stays], new])
-        for old, new in zip(kept, (rows[row], source, head, exact.shares[row, head, source]), strict=True)
-    ]
-    T, H = edges.shape[0], task.attention.heads
-    order = torch.argsort((merged[0] * T + merged[1]) * H + merged[2])
-    return AttentionResult(
-        edges=edges,
-        per_head=per_head,
-        certificate=certificate,
-        checksum=result.checksum,
-        kept=Pairs(*(m[order] for m in merged)),
-        evaluated=result.evaluated,
-        positive=result.positive,
-        **values,
-    )
-
-
 def _host(tensor: Tensor) -> NDArray[np.float32]:
     return tensor.detach().to("cpu", torch.float32).numpy()
 
@@ -276,7 +234,7 @@ def _attention_arrays(block: Block, result: AttentionResult, floor: float) -> di
     kept = result.kept
     assert kept is not None
     head_ptr = torch.searchsorted(kept.destination * T + kept.source, destination * T + source)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "residual": _host(result.residual),
         "bias": _host(result.bias),
         "rest": _host(rest),

@@ -57,7 +57,7 @@ def _backends() -> Iterator[str]:
     if util.find_spec("lmtt._C") is not None:
         from lmtt import _C
 
-        info = getattr(_C, "info", dict)()
+        info: dict[str, Any] = _C.info()
         yield "native extension: " + (", ".join(f"{key} {value}" for key, value in info.items()) or "yes")
 
 

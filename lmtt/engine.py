@@ -12,10 +12,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lmtt import __version__
-from lmtt.checkpoint.load import Loaded, parse_device, parse_dtype, resolve
+from lmtt.checkpoint.load import Loaded, fingerprint_weights, parse_device, parse_dtype, resolve
 from lmtt.checkpoint.load import load as read_checkpoint
 from lmtt.contributions import Block, Settings, as_block, attention_task, layer_shares, neuron_task
 from lmtt.errors import BackendError, CheckpointError, ClosureError, InputError, StructureError
@@ -33,16 +33,22 @@ from lmtt.kernels.directional_attention.reference import attention_pattern
 from lmtt.kernels.numerics import checksum_tolerance
 from lmtt.kernels.proximity.reference import pair_shares
 from lmtt.kernels.types import Choice
+from lmtt.lens.behaviour import NeuronPosition
 from lmtt.lens.head import Head, find_head, raw_scores
+from lmtt.lens.logit_attribution import LogitAttribution, LogitContributions
 from lmtt.run.data import Predictions, TraceData
 from lmtt.run.layout import Tail, assemble
+from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
 from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, LayerStructure, MlpWrite
 from lmtt.structure.verify import Closure, check_closure
-from lmtt.trace import ExactRows, Neuron, Part, Site, TokenLogit, TokenScore, Trace
+from lmtt.trace import ExactRows, Neuron, Part, Site, Token, TokenList, TokenLogit, TokenScore, Trace
+
+if TYPE_CHECKING:
+    from lmtt.generate import Generation
 
 KEPT_PREDICTIONS = 32
 PROOF_TOKENS = 7
@@ -88,6 +94,7 @@ class Prompt:
 
     input_ids: Tensor  # int64 [1, T]
     tokens: tuple[str, ...]
+    text: PromptText | None = None  # where they lie in the text; None without a tokenizer
 
 
 class Engine:
@@ -117,11 +124,11 @@ class Engine:
     @overload
     def trace(self, prompt: str | None = None, **options: Any) -> Trace: ...
     @overload
-    def trace(self, prompt: Sequence[str], **options: Any) -> list[Trace]: ...
+    def trace(self, prompt: list[str] | tuple[str, ...], **options: Any) -> list[Trace]: ...
 
-    def trace(
+    def trace(  # type: ignore[misc] # the overloads say what comes back; the options are spelt out once, here
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | list[str] | tuple[str, ...] | None = None,
         *,
         input_ids: Sequence[int] | Tensor | NDArray[Any] | None = None,
         chat: Sequence[dict[str, str]] | None = None,
@@ -131,6 +138,7 @@ class Engine:
         measure: Literal["l1", "l2"] = "l1",
         keep: Literal["full", "light"] = "full",
         neurons: int = 20,
+        targets: TokenList = (),
         progress: Progress | None = None,
     ) -> Trace | list[Trace]:
         """Attribute a prompt; a list of prompts gives a list of traces, each as if it were alone.
@@ -145,6 +153,8 @@ class Engine:
         measure : "l1" or "l2", the norm of proximities.
         keep : "light" leaves the residual stream out of the trace, and with it every detail on demand.
         neurons : how many top neurons to keep of each row.
+        targets : tokens whose logits at the last position are attributed in the same pass, so that
+            `Trace.logit_contributions` has them at once; any other token costs it a second pass.
         progress : called with (layers done, layers in all).
 
         Raises
@@ -160,7 +170,7 @@ class Engine:
             return [
                 self.trace(
                     p, add_special_tokens=add_special_tokens, floor=floor, screen=screen, measure=measure,
-                    keep=keep, neurons=neurons, progress=progress,
+                    keep=keep, neurons=neurons, targets=targets, progress=progress,
                 )
                 for p in prompt
             ]  # fmt: skip
@@ -169,9 +179,79 @@ class Engine:
             raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
         assert prompt is None or isinstance(prompt, str)
         encoded = self._encode(prompt, input_ids, chat, add_special_tokens)
-        return Trace(self._trace(encoded, settings, keep == "full", progress), self)
+        if isinstance(targets, str):
+            raise InputError("targets is a text", expected="a list of tokens", got=repr(targets))
+        wanted = tuple(dict.fromkeys(self.token_id(target) for target in targets))
+        data, logits = self._trace(encoded, settings, keep == "full", wanted, progress)
+        return Trace(data, self, logits)
 
-    def _trace(self, prompt: Prompt, settings: Settings, full: bool, progress: Progress | None) -> TraceData:
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        input_ids: Sequence[int] | Tensor | NDArray[Any] | None = None,
+        chat: Sequence[Turn] | None = None,
+        add_special_tokens: bool | None = None,
+        max_new_tokens: int = 32,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        trace: bool = True,
+        floor: float = 1e-3,
+        screen: float | None = None,
+        measure: Literal["l1", "l2"] = "l1",
+        keep: Literal["full", "light"] = "full",
+        neurons: int = 20,
+        progress: Progress | None = None,
+    ) -> Generation:
+        """Let the model go on, and attribute every token it generates to prompt and earlier output.
+
+        Parameters
+        ----------
+        prompt, input_ids, chat, add_special_tokens : as for `trace`, one prompt.
+        max_new_tokens : at most so many; an end-of-sequence token ends the output earlier.
+        do_sample, temperature, top_k, top_p, seed : greedy unless do_sample; equal seeds give equal output.
+        trace : False generates only.
+        floor, screen, measure, keep, neurons, progress : of the one trace of prompt and output.
+
+        Raises InputError for an argument out of range, or more tokens than the model has positions.
+        """
+        from lmtt.generate import Generation, Sampling, generate_ids
+
+        settings = _settings(floor, screen, measure, neurons, self._backend)
+        if keep not in ("full", "light"):
+            raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
+        how = Sampling(max_new_tokens, do_sample, temperature, top_k, top_p, seed)
+        how.check()
+        asked = self._encode(prompt, input_ids, chat, add_special_tokens)
+        P, limit = len(asked.tokens), self.info.max_positions
+        if limit is not None and P + max_new_tokens > limit:
+            raise InputError(
+                "prompt and output are too long for the model",
+                expected=f"at most {limit} tokens",
+                got=f"{P} + {max_new_tokens}",
+            )
+        new = generate_ids(self.model, asked.input_ids, how)
+        whole = self._prompt(torch.cat([asked.input_ids[0].cpu(), torch.tensor(new)]), None)
+        if asked.text is not None and whole.text is not None:
+            whole = replace(whole, text=replace(whole.text, turns=asked.text.turns))
+        traced = None
+        if trace:
+            data, _ = self._trace(whole, settings, keep == "full", (), progress)
+            traced = Trace(data, self)
+        text = "".join(whole.tokens[P:]) if self.tokenizer is None else self._decode(new)
+        return Generation(P, np.array(new), whole.tokens[P:], text, traced)
+
+    def _trace(
+        self,
+        prompt: Prompt,
+        settings: Settings,
+        full: bool,
+        targets: Sequence[int],
+        progress: Progress | None,
+    ) -> tuple[TraceData, dict[int, LogitContributions]]:
         clock = _Clock(self.info.device)
         layers: list[dict[str, NDArray[Any]]] = []
         blocks: list[bool] = []
@@ -180,6 +260,11 @@ class Engine:
             calls = self._dry_run(prompt.input_ids)
             hidden = calls.hidden
             clock.lap("dry run")
+            logits = (
+                LogitAttribution(self._find_head(), targets, len(prompt.tokens) - 1, hidden[0])
+                if targets
+                else None
+            )
             for index, layer in enumerate(self._layers):
                 structure = self._structure(index, layer, hidden, calls)
                 clock.lap("discovery")
@@ -194,6 +279,8 @@ class Engine:
                 arrays = shares.arrays
                 if full:
                     arrays["resid_pre"] = _to_host(given[0])
+                if logits is not None:
+                    logits.add(captured)
                 layers.append(arrays)
                 blocks.append(as_block(captured).post is None)
                 del captured
@@ -212,13 +299,21 @@ class Engine:
             resid_final=_to_host(hidden[0]) if full else None,
         )
         meta = self._meta(settings, full, predictions, log)
-        return assemble(layers, tail, meta, clock.cost(log))
+        if prompt.text is not None:
+            meta["prompt"] = prompt.text.to_meta()
+        attributed = {} if logits is None else self._finish(logits, targets, hidden[0, -1], prompt.tokens)
+        return assemble(layers, tail, meta, clock.cost(log)), attributed
+
+    def _finish(
+        self, logits: LogitAttribution, targets: Sequence[int], state: Tensor, tokens: Sequence[str]
+    ) -> dict[int, LogitContributions]:
+        return logits.finish(state, tokens, [self.token(target) for target in targets])
 
     def _predict(self, ids: Tensor, hidden: Tensor, calls: LayerCalls) -> tuple[Predictions, Choice]:
         head = self._find_head()
         states = final(self.model, ids, hidden, calls)[0]
         k = min(KEPT_PREDICTIONS, head.weight.shape[0])
-        options = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
+        options: dict[str, Any] = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
         top, choice = registry.run("unembed_topk", states, head.weight, k, **options)
         return Predictions(
             top.indices.cpu().numpy().astype(np.int32),
@@ -258,9 +353,27 @@ class Engine:
         """A token id as text."""
         if self.tokenizer is None:
             return f"<{index}>"
-        return str(
-            self.tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return self._decode([index])
+
+    def token_id(self, target: Token) -> int:
+        """The id of a token given as id, or as a text that the tokenizer makes exactly one token of."""
+        if isinstance(target, str):
+            if self.tokenizer is None:
+                raise InputError(f"{self.info.name} has no tokenizer", remedy="name tokens by their ids")
+            ids = list(self.tokenizer(target, add_special_tokens=False).input_ids)
+            if len(ids) != 1:
+                raise InputError(
+                    f"{target!r} is not one token",
+                    expected="a text that is exactly one",
+                    got=[self.token(i) for i in ids],
+                )
+            return int(ids[0])
+        rows = self._find_head().weight.shape[0]
+        if isinstance(target, bool) or not isinstance(target, (int, np.integer)) or not 0 <= target < rows:
+            raise InputError(
+                "unknown token", expected=f"a text or an id from 0 to {rows - 1}", got=repr(target)
+            )
+        return int(target)
 
     def _encode(
         self,
@@ -271,12 +384,14 @@ class Engine:
     ) -> Prompt:
         if sum(given is not None for given in (prompt, input_ids, chat)) != 1:
             raise InputError("no prompt, or more than one", expected="one of prompt, input_ids and chat")
+        text: PromptText | None = None
         if input_ids is not None:
             ids = torch.as_tensor(np.asarray(input_ids)).flatten()
             if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool):
                 raise InputError("input_ids are not integers", got=ids.dtype)
         else:
-            ids = torch.tensor(self._tokenise(prompt, chat, add_special_tokens))
+            tokenised, text = self._tokenise(prompt, chat, add_special_tokens)
+            ids = torch.tensor(tokenised)
         ids = ids.long()
         if not len(ids):
             raise InputError("the prompt is empty", expected="at least one token")
@@ -290,30 +405,71 @@ class Engine:
                 "a token id is outside the vocabulary", expected=f"0 to {self.info.d_vocab - 1}",
                 got=int(ids.min() if int(ids.min()) < 0 else ids.max()),
             )  # fmt: skip
-        return Prompt(ids[None].to(self._device()), tuple(self.token(int(i)) for i in ids))
+        return self._prompt(ids, text)
+
+    def _prompt(self, ids: Tensor, text: PromptText | None) -> Prompt:
+        """ids [T]; where they lie in the text is found by decoding if it is not known."""
+        listed = ids.tolist()
+        if text is None and self.tokenizer is not None:
+            text = from_decoding(listed, self._decode)
+        return Prompt(ids[None].to(self._device()), tuple(self.token(i) for i in listed), text)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _tokenise(
-        self, prompt: str | None, chat: Sequence[dict[str, str]] | None, add_special_tokens: bool | None
-    ) -> list[int]:
+        self, prompt: str | None, chat: Sequence[Turn] | None, add_special_tokens: bool | None
+    ) -> tuple[list[int], PromptText | None]:
         if self.tokenizer is None:
             raise InputError(
                 f"{self.info.name} has no tokenizer", remedy="pass input_ids, or tokenizer= to lmtt.load"
             )
+        options: dict[str, Any] = {}
+        turns: tuple[tuple[str, int], ...] = ()
         if chat is not None:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise InputError(f"{self.info.name} has no chat template", remedy="pass the prompt as text")
-            last = chat[-1]["role"] == "assistant"
-            text = self.tokenizer.apply_chat_template(
-                list(chat), tokenize=False, add_generation_prompt=not last, continue_final_message=last
-            )
-            return list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            text = self._render(chat)
+            turns = chat_turns(text, chat, self._rendered)
+            options["add_special_tokens"] = False
+        else:
+            assert prompt is not None
+            text = prompt
+            if add_special_tokens is not None:
+                options["add_special_tokens"] = add_special_tokens
+        if self.tokenizer.is_fast:
+            options["return_offsets_mapping"] = True
         try:
-            return list(self.tokenizer(prompt, **options).input_ids)
+            encoded = self.tokenizer(text, **options)
         except UnicodeError:
             raise InputError(
                 "the prompt is not valid Unicode", expected="text without lone surrogates"
             ) from None
+        ids = [int(i) for i in encoded.input_ids]
+        if self.tokenizer.is_fast:
+            return ids, from_offsets(text, encoded["offset_mapping"], turns)
+        decoded = from_decoding(ids, self._decode)
+        return ids, decoded.with_turns(turns) if decoded.text == text else decoded
+
+    def _render(self, chat: Sequence[Turn]) -> str:
+        """The chat as the model's template writes it: ready for the answer, or in the middle of it."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"{self.info.name} has no chat template", remedy="pass the prompt as text")
+        if not chat:
+            raise InputError("the chat is empty", expected="at least one turn")
+        last = chat[-1]["role"] == "assistant"
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(chat), tokenize=False, add_generation_prompt=not last, continue_final_message=last
+            )
+        )
+
+    def _rendered(self, chat: list[Turn]) -> str | None:
+        """Some turns of a chat by themselves, None where the template refuses them."""
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(chat, tokenize=False))
+        except (TemplateError, TypeError, ValueError):
+            return None
 
     # --- what every part of the loop needs of the model ---
 
@@ -381,20 +537,21 @@ class Engine:
         """Run one layer again on the kept residual stream."""
         key = (data.input_ids.tobytes(), layer)
         if key not in self._captured:
-            ids = torch.as_tensor(data.input_ids)[None].to(self._device())
-            with watching(self.model), torch.no_grad():
-                calls = self._dry_run(ids)
-                hidden = self._state(data, layer)[None]
-                structure = self._structure(layer, self._layers[layer], hidden, calls)
-                call = calls.calls[layer]
-                _, captured = capture_layer(
-                    self._layers[layer], structure, layer, hidden, call.args, call.kwargs
-                )
-            self._captured[key] = captured
+            self._captured[key] = self._run_again(data, layer)
             while len(self._captured) > REMEMBERED_LAYERS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
         return self._captured[key]
+
+    def _run_again(self, data: TraceData, layer: int) -> CapturedLayer:
+        ids = torch.as_tensor(data.input_ids)[None].to(self._device())
+        with watching(self.model), torch.no_grad():
+            calls = self._dry_run(ids)
+            hidden = self._state(data, layer)[None]
+            structure = self._structure(layer, self._layers[layer], hidden, calls)
+            call = calls.calls[layer]
+            _, captured = capture_layer(self._layers[layer], structure, layer, hidden, call.args, call.kwargs)
+        return captured
 
     def _state(self, data: TraceData, layer: int) -> Tensor:
         """resid_pre of a layer [T, D] (layer L: the final state) in the model's dtype, bit for bit."""
@@ -460,6 +617,20 @@ class Engine:
             for n, c in zip(result.index[0], result.value[0], strict=True)
         ]
 
+    def neuron_positions(self, data: TraceData, layer: int, neuron: int, k: int) -> list[NeuronPosition]:
+        """See `Trace.neuron_positions`."""
+        _, mlp = self._mlp(data, layer)
+        F = mlp.w_down.shape[0]
+        if isinstance(neuron, bool) or not isinstance(neuron, (int, np.integer)) or not 0 <= neuron < F:
+            raise InputError("neuron is out of range", expected=f"0 to {F - 1}", got=neuron)
+        activation = _values(mlp.act[:, neuron])
+        found = []
+        for position in np.argsort(-np.abs(activation), kind="stable")[:k].tolist():
+            row = self.neurons(data, layer, position, F)
+            share = next(n.contribution for n in row if n.neuron == neuron)
+            found.append(NeuronPosition(position, float(activation[position]), share))
+        return found
+
     def lens(self, data: TraceData, layer: int, position: int, site: Site, k: int) -> list[TokenLogit]:
         """See `Trace.lens`."""
         if site == "mid":
@@ -497,6 +668,16 @@ class Engine:
             ]
 
         return listed(scores, 1), listed(scores, -1)
+
+    def logit_contributions(
+        self, data: TraceData, targets: Sequence[int], position: int
+    ) -> dict[int, LogitContributions]:
+        """See `Trace.logit_contributions`: by target, from one more pass over the layers."""
+        logits = LogitAttribution(self._find_head(), targets, position, self._state(data, 0))
+        for layer in range(len(self._layers)):
+            logits.add(self._run_again(data, layer))  # not remembered: each is needed once
+        state = self._state(data, len(self._layers))[position]
+        return self._finish(logits, targets, state, data.tokens)
 
     def _update(self, data: TraceData, layer: int, position: int, part: Part) -> Tensor:
         """[D]: what a part added to the stream at one position."""
@@ -571,13 +752,14 @@ def load(
     """
     check_backend(backend)
     if isinstance(model, nn.Module):
+        loaded_already: Any = model
         facts = {
             "name": _name_of(model),
             "kind": "object",
-            "type": model.config.model_type,
-            "checkpoint": "unknown",
+            "type": loaded_already.config.model_type,
+            "checkpoint": fingerprint_weights(model),
         }
-        return Engine(Loaded(model, tokenizer, str(facts["name"]), facts), backend)
+        return Engine(Loaded(model, tokenizer, facts["name"], facts), backend)
     where = parse_device(device)
     kind = parse_dtype(dtype, where)
     loaded = read_checkpoint(resolve(model), device=where, dtype=kind, allow_nonfinite=allow_nonfinite)

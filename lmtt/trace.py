@@ -8,9 +8,9 @@ A trace opened from a file answers from what is kept, and says so when it needs 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,15 @@ from lmtt.graph.text import visible
 
 if TYPE_CHECKING:
     from lmtt.graph.routes import Route
+    from lmtt.lens.behaviour import HeadBehaviour, HeadPair, NeuronPosition, Of
+    from lmtt.lens.logit_attribution import LogitContributions
     from lmtt.run.data import TraceData
+    from lmtt.spans import Span, SpanShares, Unit
 
 Array = NDArray[np.float32]
 Site = Literal["pre", "mid", "post"]
+Token = int | str  # an id, or a text that is exactly one token
+TokenList = Sequence[int] | list[str] | tuple[Token, ...]  # a bare str is no list, though it is a sequence
 Part = Literal["attention", "mlp"] | tuple[str, int] | tuple[str, int, int]
 
 
@@ -76,10 +81,15 @@ class Details(Protocol):
     def head_shares(self, data: TraceData, layer: int, head: int) -> Array: ...
     def attention_pattern(self, data: TraceData, layer: int, head: int) -> Array: ...
     def neurons(self, data: TraceData, layer: int, position: int, k: int) -> list[Neuron]: ...
+    def neuron_positions(self, data: TraceData, layer: int, neuron: int, k: int) -> list[NeuronPosition]: ...
     def lens(self, data: TraceData, layer: int, position: int, site: Site, k: int) -> list[TokenLogit]: ...
     def promoted(
         self, data: TraceData, layer: int, position: int, part: Part, k: int, frozen: bool
     ) -> tuple[list[TokenScore], list[TokenScore]]: ...
+    def logit_contributions(
+        self, data: TraceData, targets: Sequence[int], position: int
+    ) -> dict[int, LogitContributions]: ...
+    def token_id(self, target: Token) -> int: ...
     def token(self, index: int) -> str: ...
     def check_same_model(self, data: TraceData) -> None: ...
 
@@ -90,9 +100,16 @@ class Trace:
     `L` layers, `T` tokens, `H` heads. Negative positions count from the end.
     """
 
-    def __init__(self, data: TraceData, details: Details | None = None) -> None:
+    def __init__(
+        self,
+        data: TraceData,
+        details: Details | None = None,
+        logits: Mapping[int, LogitContributions] | None = None,
+    ) -> None:
+        """logits: what `engine.trace(..., targets=)` attributed in passing, at the last position."""
         self._data = data
         self._details = details
+        self._logits = dict(logits or {})
 
     # --- what is kept ------------------------------------------------------------------------------------
 
@@ -245,6 +262,47 @@ class Trace:
             self._data, self._layer(layer), self._head(head)
         )
 
+    def head_behaviour(self, layer: int, of: Of = "attention") -> list[HeadBehaviour]:
+        """What each head of a layer does on this prompt, by the scores of `lmtt.lens.behaviour`.
+
+        of: "attention" scores attention patterns, "contribution" what the heads write.
+        """
+        from lmtt.lens.behaviour import head_behaviours
+
+        if of not in ("attention", "contribution"):
+            raise InputError("unknown measure", expected="attention or contribution", got=repr(of))
+        layer, details = self._layer(layer), self._model("head behaviour")
+        weights = details.attention_pattern if of == "attention" else details.head_shares
+        heads = int(self._data.meta["model"]["n_heads"])
+        return head_behaviours(
+            self._data.input_ids, layer, heads, lambda head: weights(self._data, layer, head), of
+        )
+
+    def head_pairs(self, layer: int, head: int, k: int = 5, tokens: int = 5) -> list[HeadPair]:
+        """The k strongest source -> destination pairs of a head, with the `tokens` that each promotes."""
+        from lmtt.lens.behaviour import HeadPair, strongest_pairs
+
+        if k < 1:
+            raise InputError("k is out of range", expected="at least 1", got=k)
+        layer, head = self._layer(layer), self._head(head)
+        details = self._model("head pairs")
+        return [
+            HeadPair(
+                source,
+                destination,
+                share,
+                details.promoted(self._data, layer, destination, ("head", head, source), tokens, True)[0],
+            )
+            for source, destination, share in strongest_pairs(self.contribution_map(layer, head), k)
+        ]
+
+    def neuron_positions(self, layer: int, neuron: int, k: int = 5) -> list[NeuronPosition]:
+        """The k positions at which a neuron's activation is largest in magnitude, with its exact shares."""
+        if k < 1:
+            raise InputError("k is out of range", expected="at least 1", got=k)
+        details = self._model("a neuron's positions")
+        return details.neuron_positions(self._data, self._layer(layer), neuron, k)
+
     def lens(self, layer: int, position: int, site: Site = "post", k: int = 10) -> list[TokenLogit]:
         """Logit lens: the model's own final norm, head and softcap applied to the state at `site`."""
         if site not in ("pre", "mid", "post"):
@@ -269,10 +327,99 @@ class Trace:
         details = self._model("promoted tokens")
         return details.promoted(self._data, layer, position, self._part(part), k, norm == "frozen")
 
+    @overload
+    def logit_contributions(
+        self, target: Token, foil: Token | None = None, position: int = -1
+    ) -> LogitContributions: ...
+    @overload
+    def logit_contributions(
+        self, target: TokenList, foil: Token | TokenList | None = None, position: int = -1
+    ) -> list[LogitContributions]: ...
+
+    def logit_contributions(
+        self, target: Token | TokenList, foil: Token | TokenList | None = None, position: int = -1
+    ) -> LogitContributions | list[LogitContributions]:
+        """The logit of `target` as next token after `position`, split over all parts that add up to it.
+
+        With a `foil`, logit(target) - logit(foil). Tokens are ids, or texts that are exactly one token (a
+        leading blank counts). A list of targets gives a list, in one pass over the layers; its foil is one
+        for all, or a list as long. The final norm is frozen at the position's final state; with a softcap the
+        parts add up to the logit before it.
+
+        Raises
+        ------
+        InputError
+            A text that is not one token, an id outside the vocabulary, a position outside the prompt.
+        ModelNeededError
+            The trace has no model and was not traced with these `targets`.
+        """
+        many = not isinstance(target, (int, np.integer, str))
+        targets = self._token_ids(target)
+        foils: list[int] | list[None] = [None] * len(targets) if foil is None else self._token_ids(foil)
+        if isinstance(foil, (int, np.integer, str)):
+            foils = foils * len(targets)
+        if len(foils) != len(targets):
+            raise InputError(
+                "foils do not match targets",
+                expected=f"one foil, or {len(targets)} of them",
+                got=len(foils),
+            )
+        position = self._position(position)
+        wanted = dict.fromkeys([*targets, *(f for f in foils if f is not None)])
+        parts = self._logits if position == len(self._data.tokens) - 1 else {}
+        if any(token not in parts for token in wanted):
+            details = self._model("logit contributions of tokens that were not targets of the trace")
+            parts = details.logit_contributions(self._data, list(wanted), position)
+        results = [
+            parts[t] if f is None else parts[t].minus(parts[f]) for t, f in zip(targets, foils, strict=True)
+        ]
+        return results if many else results[0]
+
+    # --- groups of tokens ---------------------------------------------------------------------------------
+
+    def tokens_by(self, unit: Unit = "word") -> list[Span]:
+        """The prompt's tokens, words, sentences or chat turns, with their places in its text."""
+        from lmtt.spans import spans_of
+
+        return spans_of(self._data, unit)
+
+    def rollout(
+        self,
+        position: int = -1,
+        by: Unit = "token",
+        target: Token | None = None,
+        foil: Token | None = None,
+    ) -> SpanShares:
+        """What each token, word, sentence or turn accounts for of `position`, along all kept edges.
+
+        shares.sum() + bias + unattributed == 1 (see `lmtt.graph.rollout`). With a `target`, `direct` says
+        beside it what went from there to the target's logit (minus the foil's) in one step: written by heads
+        of all layers, and at `position` itself by the embedding.
+        """
+        from lmtt.graph.rollout import rollout
+        from lmtt.spans import SpanShares, spans_of, summed
+
+        position, spans = self._position(position), spans_of(self._data, by)
+        if target is None and foil is not None:
+            raise InputError("a foil without a target", remedy="name the target")
+        direct = None
+        if target is not None:
+            written = self.logit_contributions(target, foil, position)
+            by_token = written.heads.sum((0, 1), dtype=np.float64)
+            by_token[position] += written.embed
+            direct = summed(by_token, spans)
+        found = rollout(self._data, position)
+        return SpanShares(tuple(spans), summed(found.tokens, spans), found.bias, found.unattributed, direct)
+
+    @property
+    def has_model(self) -> bool:
+        """Whether what is not kept can be computed: a model is attached and the residual stream is kept."""
+        return self._details is not None and self._data.resid_pre is not None
+
     def attach(self, engine: Details) -> Trace:
         """The same trace with a model to compute details from; a different checkpoint raises."""
         engine.check_same_model(self._data)
-        return Trace(self._data, engine)
+        return Trace(self._data, engine, self._logits)
 
     # --- routes and storage ------------------------------------------------------------------------------
 
@@ -329,6 +476,15 @@ class Trace:
         if not isinstance(head, (int, np.integer)) or not 0 <= head < H:
             raise InputError("head is out of range", expected=f"0 to {H - 1}", got=head)
         return int(head)
+
+    def _token_ids(self, tokens: Token | TokenList) -> list[int]:
+        if self._details is None:
+            raise self._needs_model("logit contributions")
+        if isinstance(tokens, (int, np.integer, str)):
+            return [self._details.token_id(tokens)]
+        if not isinstance(tokens, Iterable):
+            raise InputError("unknown token", expected="an id, a text, or a list of them", got=repr(tokens))
+        return [self._details.token_id(token) for token in tokens]
 
     def _span(self, layer: int) -> tuple[int, int]:
         layer = self._layer(layer)

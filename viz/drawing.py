@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lmtt.viz.markup import STRENGTHS, named, numbers, safe, step
 
 from lmtt.graph.export import edge_heads, predictions
 from lmtt.graph.routes import Route
 from lmtt.graph.text import quoted, token_label
+from lmtt.viz.markup import STRENGTHS, named, numbers, safe, step
 
 FOLD = 40  # more tokens than this: only those on the route get a column
 CHARACTER = 7.4  # pixels of a monospaced character at the labels' size

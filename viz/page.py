@@ -18,13 +18,13 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
-from lmtt.viz.drawing import FOLD, Layout, axis, graph, legend
-from lmtt.viz.markup import SHADES, meter, safe, step, token_cell
 
 from lmtt.graph.export import predictions
 from lmtt.graph.routes import Route, route
 from lmtt.graph.summary import heads_text, strongest_attention, strongest_tokens
 from lmtt.graph.text import quoted, token_label
+from lmtt.viz.drawing import FOLD, Layout, axis, graph, legend
+from lmtt.viz.markup import SHADES, meter, safe, step, token_cell
 
 MAX_EDGES = 3000  # drawn at most: beyond, neither the eye nor the browser follows
 PROMPT_TOKENS = 600  # a longer prompt is shown folded too

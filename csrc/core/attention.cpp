@@ -119,6 +119,19 @@ void Pass::run() {
   for (int64_t i = T - 1; i >= 0; --i) rows.push_back(static_cast<int32_t>(i));  // the longest first: better balance
   do_rows(rows);
   for (int64_t i = 0; i < T; ++i) out.positive += positive[i], out.evaluated += evaluated[i];
+
+  std::vector<int32_t> doubtful;
+  for (const int32_t i : rows) {
+    if (in.screen > 0 && out.certificate[i] > in.max_certificate) doubtful.push_back(i), threshold[i] = 0;
+  }
+  if (doubtful.empty()) return;
+  const auto again = [&](const KeptPair& pair) { return in.screen > 0 && threshold[pair.destination] == 0; };
+  out.kept.erase(std::remove_if(out.kept.begin(), out.kept.end(), again), out.kept.end());
+  // finish() turned the fixed parts' proximities into shares where they stand
+  for (const int32_t i : doubtful) parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
+  do_rows(doubtful);
+  for (const int32_t i : doubtful) out.evaluated += evaluated[i];
+  out.reevaluated = static_cast<int64_t>(doubtful.size());
 }
 
 void Pass::prepare() {

@@ -22,6 +22,7 @@ struct AttentionInput {
   const float *alibi, *lse, *row_scale, *gate;
   Parts parts;
   double screen;
+  double max_certificate;   // rows that screening leaves less certain are evaluated again without it
   bool keep_pairs;
   float keep;
   int64_t workspace;        // bytes
@@ -36,7 +37,7 @@ struct KeptPair {
 // Caller's arrays, overwritten entirely.
 struct AttentionOutput {
   float *edges, *per_head, *residual, *bias, *others, *normaliser, *certificate, *checksum;
-  int64_t evaluated = 0, positive = 0;
+  int64_t evaluated = 0, positive = 0, reevaluated = 0;
   std::vector<KeptPair> kept;  // in no particular order
 };
 

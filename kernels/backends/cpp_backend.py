@@ -82,6 +82,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         gate=_optional("gate", attention.gate, (T, H, E_v)),
         resid_pre=_dense("resid_pre", task.resid_pre, (T, D)),
         **_shared_arguments(task, T, D),
+        max_certificate=task.max_certificate,
         keep=task.keep,
         edges=edges.numpy(),
         per_head=per_head.numpy(),
@@ -93,6 +94,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         kept=None if task.keep is None else _pairs(counts["kept"], T, H),
         evaluated=counts["evaluated"],
         positive=counts["positive"],
+        reevaluated=counts["reevaluated"],
         **common.results(),
     )
 

@@ -89,8 +89,9 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
     kept: list[Pairs] = []
     evaluated = positive = 0
 
-    with ieee_matmul():
-        for block in _blocks(task, torch.arange(tokens, device=device)):
+    def fill(task: AttentionTask, destinations: Tensor) -> None:
+        nonlocal evaluated, positive
+        for block in _blocks(task, destinations):
             rows = _other_parts(task, block.rows)
             n, sources = len(block.rows), block.last - block.first
             block_edges = torch.zeros(n, sources, dtype=torch.float64, device=device)
@@ -121,6 +122,15 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
             checksum[block.rows] = divide(defect, absolute + rows.absolute).to(dtype)
             if task.keep is not None:
                 kept.append(_keep(candidates, shares, total, block, task.keep))
+
+    with ieee_matmul():
+        fill(task, torch.arange(tokens, device=device))
+        doubtful = torch.nonzero(certified > task.max_certificate).flatten() if task.screen > 0 else []
+        if len(doubtful):
+            kept = [Pairs(*(x[~torch.isin(p.destination, doubtful)] for x in p)) for p in kept]
+            before = positive
+            fill(replace(task, screen=0.0), doubtful)
+            positive = before
     return AttentionResult(
         edges=edges,
         per_head=per_head,
@@ -133,6 +143,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         kept=None if task.keep is None else _join(kept, tokens, heads, dtype, device),
         evaluated=evaluated,
         positive=positive,
+        reevaluated=len(doubtful),
     )
 
 

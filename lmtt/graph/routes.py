@@ -368,11 +368,14 @@ class Route:
 
         write_text(path, route_page(self))
 
-    def summary(self) -> list[str]:
-        """What a terminal shows: lines of plain text, safe to print whatever the prompt holds."""
+    def summary(self, by: str = "token") -> list[str]:
+        """What a terminal shows: lines of plain text, safe to print whatever the prompt holds.
+
+        by: list the shares of each token, word, sentence or (chat) turn.
+        """
         from lmtt.graph.summary import route_summary
 
-        return route_summary(self)
+        return route_summary(self, by)
 
     def __repr__(self) -> str:
         from lmtt.graph.text import quoted

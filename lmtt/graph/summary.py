@@ -8,6 +8,7 @@ import numpy as np
 
 from lmtt.graph.export import edge_heads, predictions
 from lmtt.graph.text import clipped, quoted, visible
+from lmtt.spans import spans_of, summed
 
 if TYPE_CHECKING:
     from lmtt.graph.routes import Route
@@ -36,6 +37,14 @@ def strongest_tokens(route: Route, n: int) -> list[int]:
     return [int(position) for position in order if shares[position] > 0]
 
 
+def strongest_spans(route: Route, by: str, n: int) -> list[str]:
+    """Lines for the n words, sentences or turns with the largest positive share, falling."""
+    spans = spans_of(route.trace, by)
+    shares = summed(route.token_shares.tokens, spans)
+    order = [at for at in np.argsort(-shares, kind="stable")[:n] if shares[at] > 0]
+    return [f"  {shares[at]:6.1%}  {spans[at].label()}" for at in order]
+
+
 def heads_text(route: Route, edge: int, n: int = HEADS) -> str:
     """`3 (0.102), 7 (0.021), 2 more`: the strongest heads of an edge; empty if none is kept."""
     heads = edge_heads(route, edge)
@@ -43,8 +52,8 @@ def heads_text(route: Route, edge: int, n: int = HEADS) -> str:
     return ", ".join([*listed, f"{len(heads) - n} more"] if len(heads) > n else listed)
 
 
-def route_summary(route: Route) -> list[str]:
-    """Lines of plain text for a terminal; every token is shown safely."""
+def route_summary(route: Route, by: str = "token") -> list[str]:
+    """Lines of plain text for a terminal; every token is shown safely. by: whose shares are listed."""
     trace, edges, shares = route.trace, route.edges, route.token_shares
     T, L = len(trace.tokens), len(trace.parallel)
     attention = int(np.count_nonzero(edges["kind"] == "attention"))
@@ -58,9 +67,12 @@ def route_summary(route: Route) -> list[str]:
         f"{kind} above {route.threshold:g}: {len(edges)} edges ({attention} of attention), "
         f"{len(route.nodes)} nodes, {touched} of {T} tokens",
         "",
-        "share of each token (rollout over all kept edges)",
+        f"share of each {by} (rollout over all kept edges)",
     ]
-    lines += [f"  {shares.tokens[p]:6.1%}  {_named(route, p)}" for p in strongest_tokens(route, LISTED)]
+    if by == "token":
+        lines += [f"  {shares.tokens[p]:6.1%}  {_named(route, p)}" for p in strongest_tokens(route, LISTED)]
+    else:
+        lines += strongest_spans(route, by, LISTED)
     if shares.bias > 0:
         lines.append(f"  {shares.bias:6.1%}  biases")
     lines.append(f"  {shares.unattributed:6.1%}  unattributed")

@@ -110,24 +110,30 @@ def test_details_agree_with_what_is_kept(demo_engine: Engine) -> None:
     assert np.abs(kept - rows.pairs[0].sum(0))[kept > 0].max() <= trace.certificate[layer, last] + 1e-6
 
 
-@pytest.mark.model
-def test_promoted_tokens_are_logit_contributions(demo_engine: Engine) -> None:
-    """With the norm frozen, scores are linear: a block's heads add up to the block."""
-    trace = demo_engine.trace("The capital of France is")
+def test_promoted_tokens_are_logit_contributions() -> None:
+    """With the norm frozen scores are linear: heads add up to their block, sources to their head."""
+    model = tiny_model("llama")  # a small vocabulary, so that every token's score can be listed
+    engine = lmtt.load(model)
+    trace = engine.trace(input_ids=ids_of(model))
+    T, H, V = len(trace.tokens), engine.info.n_heads, engine.info.d_vocab
 
-    def score(part: object, token: int) -> float:
-        up, _ = trace.promoted(20, -1, part, k=49152)  # type: ignore[arg-type]
-        return next(t.score for t in up if t.id == token)
+    def scores(part: object) -> np.ndarray:
+        up, down = trace.promoted(1, -1, part, k=V)  # type: ignore[arg-type]
+        assert [t.id for t in up] == [t.id for t in reversed(down)] or len({t.score for t in up}) < V
+        return np.array([t.score for t in sorted(up, key=lambda t: t.id)])
 
-    paris = trace.next_tokens(k=1)[0].id
-    whole = score("attention", paris)
-    heads = sum(score(("head", h), paris) for h in range(9))
-    assert abs(whole - heads) <= 1e-4
-    sources = sum(score(("head", 2, j), paris) for j in range(5))
-    assert abs(sources - score(("head", 2), paris)) <= 1e-4
-    best = trace.neurons(20, -1, k=1)[0].neuron
-    up, down = trace.promoted(20, -1, ("neuron", best), k=3)
-    assert up[0].score >= up[1].score >= 0 >= down[1].score >= down[0].score
+    bias = model.model.layers[1].self_attn.o_proj.bias
+    heads = [scores(("head", h)) for h in range(H)]
+    whole = scores("attention")
+    head = engine._find_head().frozen(engine._state(trace.data, engine.info.n_layers)[-1])
+    constant = head.scores(bias[None])[0].numpy()
+    assert np.abs(whole - constant - sum(heads)).max() <= 1e-5 * np.abs(whole).max()
+    assert np.abs(constant).max() > 1e-2 * np.abs(whole).max(), "the bias is too small to be missed"
+    sources = sum(scores(("head", 2, j)) for j in range(T))
+    assert np.abs(sources - heads[2]).max() <= 1e-5 * np.abs(heads[2]).max()
+    best = trace.neurons(1, -1, k=1)[0].neuron
+    up, down = trace.promoted(1, -1, ("neuron", best), k=3)
+    assert up[0].score >= up[1].score >= up[2].score > down[2].score >= down[1].score >= down[0].score
 
 
 @pytest.mark.model

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lmtt.viz.page import MAX_EDGES, route_page
 
 from lmtt.graph.routes import route
 from lmtt.graph.testing import random_trace
+from lmtt.viz.page import MAX_EDGES, route_page
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
