@@ -131,6 +131,7 @@ class Engine:
         prompt: str | list[str] | tuple[str, ...] | None = None,
         *,
         input_ids: Sequence[int] | Tensor | NDArray[Any] | None = None,
+        attention_mask: Sequence[int] | Tensor | NDArray[Any] | None = None,
         chat: Sequence[dict[str, str]] | None = None,
         add_special_tokens: bool | None = None,
         floor: float = 1e-3,
@@ -146,6 +147,8 @@ class Engine:
         Parameters
         ----------
         prompt : text. In its place, `input_ids` (taken verbatim) or `chat` (a list of {role, content}).
+        attention_mask : with input_ids, 0 where they are padding, which is stripped before anything runs;
+            both may be [B, T], which gives a list of traces.
         add_special_tokens : None leaves it to the tokenizer.
         floor : edges and heads with contribution <= floor are not kept, in [0, 1).
         screen : (head, source) pairs whose bound is <= screen * |whole| keep their first-order value, within
@@ -164,16 +167,21 @@ class Engine:
         ClosureError
             A layer's parts do not add up; the message names layer, sublayer and error.
         """
+        options: dict[str, Any] = {
+            "floor": floor, "screen": screen, "measure": measure, "keep": keep, "neurons": neurons,
+            "targets": targets, "progress": progress,
+        }  # fmt: skip
         if isinstance(prompt, (list, tuple)):
             if input_ids is not None or chat is not None:
                 raise InputError("a list of prompts excludes input_ids and chat")
-            return [
-                self.trace(
-                    p, add_special_tokens=add_special_tokens, floor=floor, screen=screen, measure=measure,
-                    keep=keep, neurons=neurons, targets=targets, progress=progress,
-                )
-                for p in prompt
-            ]  # fmt: skip
+            return [self.trace(p, add_special_tokens=add_special_tokens, **options) for p in prompt]
+        if input_ids is not None:
+            rows = _unpadded(input_ids, attention_mask)
+            if len(rows) != 1:
+                return [self.trace(input_ids=row, **options) for row in rows]
+            input_ids = rows[0]
+        elif attention_mask is not None:
+            raise InputError("attention_mask is given without input_ids")
         settings = _settings(floor, screen, measure, neurons, self._backend)
         if keep not in ("full", "light"):
             raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
@@ -777,6 +785,20 @@ def open(path: str | PathLike[str], *, engine: Engine | None = None) -> Trace:
 
 
 # --- small things ---
+
+
+def _unpadded(input_ids: Any, attention_mask: Any) -> list[NDArray[Any]]:
+    """Rows of token ids [T] or [B, T] without what the mask of the same shape marks as padding."""
+    ids = np.asarray(input_ids)
+    if ids.ndim not in (1, 2):
+        raise InputError("input_ids have the wrong rank", expected="[T] or [B, T]", got=f"{ids.ndim} axes")
+    ids = np.atleast_2d(ids)
+    if attention_mask is None:
+        return list(ids)
+    mask = np.atleast_2d(np.asarray(attention_mask))
+    if mask.shape != ids.shape:
+        raise InputError("attention_mask does not fit input_ids", expected=ids.shape, got=mask.shape)
+    return [row[keep != 0] for row, keep in zip(ids, mask, strict=True)]
 
 
 def _settings(floor: float, screen: float | None, measure: str, neurons: int, backend: str) -> Settings:

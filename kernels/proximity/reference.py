@@ -125,7 +125,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
 
     with ieee_matmul():
         fill(task, torch.arange(tokens, device=device))
-        doubtful = torch.nonzero(certified > task.max_certificate).flatten() if task.screen > 0 else []
+        doubtful = torch.nonzero((certified > task.max_certificate) & (task.screen > 0)).flatten()
         if len(doubtful):
             kept = [Pairs(*(x[~torch.isin(p.destination, doubtful)] for x in p)) for p in kept]
             before = positive

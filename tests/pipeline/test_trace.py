@@ -146,6 +146,24 @@ def test_a_list_gives_each_prompt_its_own_bits(demo_engine: Engine) -> None:
         assert np.array_equal(alone.data.resid_pre, trace.data.resid_pre)
 
 
+def test_padding_changes_nothing() -> None:
+    """Left- or right-padded, alone or in a batch: the bits of the unpadded prompt."""
+    model = tiny_model("llama")
+    engine = lmtt.load(model)
+    short, long = ids_of(model, 5), ids_of(model, 8)
+    alone = engine.trace(input_ids=short)
+    batch = engine.trace(
+        input_ids=[[*short, 0, 0, 0], [0, 0, 0, *short], long],
+        attention_mask=[[1] * 5 + [0] * 3, [0] * 3 + [1] * 5, [1] * 8],
+    )
+    assert [len(t.tokens) for t in batch] == [5, 5, 8]
+    for padded in batch[:2]:
+        assert np.array_equal(padded.data.edges.weight, alone.data.edges.weight)
+        assert np.array_equal(padded.data.resid_pre, alone.data.resid_pre)
+    with pytest.raises(InputError, match="does not fit"):
+        engine.trace(input_ids=short, attention_mask=[1])
+
+
 @pytest.mark.model
 def test_stored_trace_answers_and_says_what_it_cannot(demo_engine: Engine, tmp_path) -> None:
     trace = demo_engine.trace("The capital of France is")
