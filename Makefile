@@ -37,7 +37,9 @@ $(VENV)/.lmtt-installed: $(SOURCES)
 	@touch $@
 
 $(VENV)/.lmtt-test-installed: $(VENV)/.lmtt-installed
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph]' build
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph,tables]' build
+	@# Its pinned requirements exclude our transformers; the tests read its graph models only.
+	$(PIP) install -q --no-deps circuit-tracer==0.5.0
 	@touch $@
 
 # FlashTrace's own requirements are a hundred packages that its measured function does not import.
