@@ -267,6 +267,7 @@ class Engine:
         with watching(self.model), torch.no_grad():
             calls = self._dry_run(prompt.input_ids)
             hidden = calls.hidden
+            stream = _stream(len(self._layers), hidden[0]) if full else None
             clock.lap("dry run")
             logits = (
                 LogitAttribution(self._find_head(), targets, len(prompt.tokens) - 1, hidden[0])
@@ -284,17 +285,18 @@ class Engine:
                 clock.lap("closure")
                 shares = layer_shares(captured, settings)
                 log.add(index, shares, checksum_tolerance(given.dtype))
-                arrays = shares.arrays
-                if full:
-                    arrays["resid_pre"] = _to_host(given[0])
+                if stream is not None:
+                    stream[index] = _to_host(given[0])
                 if logits is not None:
                     logits.add(captured)
-                layers.append(arrays)
+                layers.append(shares.arrays)
                 blocks.append(as_block(captured).post is None)
                 del captured
                 clock.lap("attribution")
                 if progress is not None:
                     progress(index + 1, len(self._layers))
+            if stream is not None:
+                stream[-1] = _to_host(hidden[0])
             self._proved = True
             predictions, choice = self._predict(prompt.input_ids, hidden, calls)
             log.choices[choice.op] = choice
@@ -304,13 +306,13 @@ class Engine:
             input_ids=prompt.input_ids[0].cpu().numpy(),
             parallel=np.array(blocks),
             predictions=predictions,
-            resid_final=_to_host(hidden[0]) if full else None,
+            resid_final=None,  # it is the last of `stream`
         )
         meta = self._meta(settings, full, predictions, log)
         if prompt.text is not None:
             meta["prompt"] = prompt.text.to_meta()
         attributed = {} if logits is None else self._finish(logits, targets, hidden[0, -1], prompt.tokens)
-        return assemble(layers, tail, meta, clock.cost(log)), attributed
+        return assemble(layers, tail, meta, clock.cost(log), resid_pre=stream), attributed
 
     def _finish(
         self, logits: LogitAttribution, targets: Sequence[int], state: Tensor, tokens: Sequence[str]
@@ -842,12 +844,19 @@ def _info(loaded: Loaded, layers: nn.ModuleList) -> Info:
     )
 
 
+def _stream(layers: int, hidden: Tensor) -> NDArray[Any]:
+    """Room for resid_pre of every layer and the final state, [L + 1, T, D], to be filled in place."""
+    state = _to_host(hidden)
+    return np.empty((layers + 1, *state.shape), state.dtype)
+
+
 def _to_host(tensor: Tensor) -> NDArray[Any]:
-    """A host copy with the very bits; bfloat16 as its words (run/README.md)."""
+    """The very bits on the host, no copy if they are there already; bfloat16 as words (run/README.md)."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().copy()
-    return tensor.numpy().copy()
+        tensor = tensor.view(torch.uint16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
 
 
 def _values(tensor: Tensor) -> NDArray[np.float32]:
