@@ -811,7 +811,7 @@ def _settings(floor: float, screen: float | None, measure: str, neurons: int, ba
         raise InputError("unknown measure", expected="l1 or l2", got=repr(measure))
     if neurons < 1:
         raise InputError("neurons is out of range", expected="at least 1", got=neurons)
-    return Settings(floor, screen, measure, neurons, backend)  # type: ignore[arg-type]
+    return Settings(floor, screen, measure, neurons, backend)  # type: ignore[arg-type] # checked above
 
 
 def _settings_of(data: TraceData) -> Settings:

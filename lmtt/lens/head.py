@@ -39,7 +39,7 @@ class Head:
     @property
     def weight(self) -> Tensor:
         """[V, D'] rows of the unembedding."""
-        weight: Tensor = self.unembed.weight  # type: ignore[assignment]
+        weight: Tensor = self.unembed.weight  # type: ignore[assignment] # find_head has checked it
         return weight
 
     @property

@@ -127,7 +127,7 @@ def _install() -> None:
 
 
 def _uninstall() -> None:
-    global _watchers, _original  # noqa: PLW0603
+    global _watchers, _original  # noqa: PLW0603 - likewise
     with _lock:
         _watchers -= 1
         if _watchers == 0:

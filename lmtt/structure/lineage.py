@@ -120,11 +120,11 @@ class Lineage(TorchFunctionMode):
                     module.register_forward_pre_hook(self._enter_module(name), with_kwargs=True)
                 )
                 self._hooks.append(module.register_forward_hook(self._leave_module(name)))
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call] # torch ships no types here
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        super().__exit__(*exc)  # type: ignore[no-untyped-call] # likewise
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

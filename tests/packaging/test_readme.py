@@ -60,7 +60,9 @@ def test_links_and_pictures_exist() -> None:
 
 def test_no_paths_of_the_machine_it_was_written_on() -> None:
     places = (f"{Path.home()}/", f"{ROOT}/")
-    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False
+    ).stdout
     for name in tracked.split():
         path = ROOT / name
         if path.suffix in {".md", ".py", ".toml", ".cpp", ".h", ".sh", ".txt"} and path.is_file():
