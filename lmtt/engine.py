@@ -311,13 +311,9 @@ class Engine:
         meta = self._meta(settings, full, predictions, log)
         if prompt.text is not None:
             meta["prompt"] = prompt.text.to_meta()
-        attributed = {} if logits is None else self._finish(logits, targets, hidden[0, -1], prompt.tokens)
+        names = [self.token(target) for target in targets]
+        attributed = {} if logits is None else logits.finish(hidden[0, -1], prompt.tokens, names)
         return assemble(layers, tail, meta, clock.cost(log), resid_pre=stream), attributed
-
-    def _finish(
-        self, logits: LogitAttribution, targets: Sequence[int], state: Tensor, tokens: Sequence[str]
-    ) -> dict[int, LogitContributions]:
-        return logits.finish(state, tokens, [self.token(target) for target in targets])
 
     def _predict(self, ids: Tensor, hidden: Tensor, calls: LayerCalls) -> tuple[Predictions, Choice]:
         head = self._find_head()
@@ -687,7 +683,7 @@ class Engine:
         for layer in range(len(self._layers)):
             logits.add(self._run_again(data, layer))  # not remembered: each is needed once
         state = self._state(data, len(self._layers))[position]
-        return self._finish(logits, targets, state, data.tokens)
+        return logits.finish(state, data.tokens, [self.token(target) for target in targets])
 
     def _update(self, data: TraceData, layer: int, position: int, part: Part) -> Tensor:
         """[D]: what a part added to the stream at one position."""

@@ -3,8 +3,8 @@
 1. `read_header` reads counts, names, types and offsets with every length bounded before it is used; a
    file that lies about its size is refused in words and nothing of it reaches native code.
 2. `fast_reader` lends that header to transformers for the duration of a load, in place of the `gguf`
-   package's reader, which walks the vocabulary through NumPy views three times (about 4 s each for 49,152
-   tokens) and recomputes one name table per module. The values are the same; a test compares them.
+   package's reader, which walks the vocabulary through NumPy views three times and recomputes one name table
+   per module: most of a small model's load. The values are the same; a test compares them.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
 """

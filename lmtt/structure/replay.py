@@ -201,19 +201,6 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall, returns_tuple: bool, index: int) -> Tensor:
-    """One layer's work on `hidden`, as the model would have it."""
-    output = layer(hidden, *call.args, **call.kwargs)
-    if isinstance(output, (tuple, list)) != returns_tuple:
-        raise StructureError(
-            f"layer {index} returned a {type(output).__name__}",
-            expected="a tuple" if returns_tuple else "a tensor",
-        )
-    result: Tensor = output[0] if returns_tuple else output
-    return result
-
-
-@torch.no_grad()
 def finish(
     model: nn.Module,
     input_ids: Tensor,

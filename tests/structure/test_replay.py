@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lmtt.errors import StructureError
-from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish, run_layer
+from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish
 from lmtt.testing_models import CONFIGS, tiny_model, tiny_prompt
 
 
+@torch.no_grad()
 def replay(model: Any, ids: Tensor) -> tuple[Tensor, LayerCalls]:
     calls = dry_run(model, ids)
     hidden = calls.hidden
     for i, layer in enumerate(find_layers(model)[1]):
-        hidden = run_layer(layer, hidden, calls.calls[i], calls.returns_tuple, i)
+        output = layer(hidden, *calls.calls[i].args, **calls.calls[i].kwargs)
+        assert isinstance(output, (tuple, list)) == calls.returns_tuple
+        hidden = output[0] if calls.returns_tuple else output
     return hidden, calls
 
 
