@@ -1,5 +1,6 @@
 # The few commands of this project. Each works alone, in any order, and again after an interrupted try.
 #   make demo    trace "The capital of France is" and write demo/route.html
+#   make serve   the dashboard on the demo model, on this machine only
 #   make test    the whole test suite
 #   make test-sanitize   the native kernels' tests under AddressSanitizer and UBSan
 #   make lint    ruff and mypy
@@ -18,11 +19,12 @@ export TOKENIZERS_PARALLELISM := false
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
 
-.PHONY: demo test test-sanitize lint bench bench-quick clean setup setup-test setup-bench
+.PHONY: demo serve test test-sanitize lint bench bench-quick clean setup setup-test setup-bench setup-serve
 
 setup: $(VENV)/.lmtt-installed
 setup-test: $(VENV)/.lmtt-test-installed
 setup-bench: $(VENV)/.lmtt-bench-installed
+setup-serve: $(VENV)/.lmtt-serve-installed
 
 # The stamp is written last, so an interrupted install is simply done again.
 $(VENV)/.lmtt-installed: $(SOURCES)
@@ -37,9 +39,13 @@ $(VENV)/.lmtt-installed: $(SOURCES)
 	@touch $@
 
 $(VENV)/.lmtt-test-installed: $(VENV)/.lmtt-installed
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph,tables]' build
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph,tables,dashboard]' build
 	@# Its pinned requirements exclude our transformers; the tests read its graph models only.
 	$(PIP) install -q --no-deps circuit-tracer==0.5.0
+	@touch $@
+
+$(VENV)/.lmtt-serve-installed: $(VENV)/.lmtt-installed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dashboard]'
 	@touch $@
 
 # FlashTrace's own requirements are a hundred packages that its measured function does not import.
@@ -51,6 +57,9 @@ $(VENV)/.lmtt-bench-installed: $(VENV)/.lmtt-installed
 demo: setup
 	@mkdir -p demo
 	$(BIN)/lmtt trace --prompt "The capital of France is" --out demo/run --force --html demo/route.html
+
+serve: setup-serve
+	$(BIN)/lmtt serve
 
 test: setup-test
 	$(BIN)/python -m pytest

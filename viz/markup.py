@@ -1,18 +1,17 @@
-"""The small pieces of HTML and SVG that the page and the drawing share; all text of others passes `safe`."""
+"""The small pieces of HTML and SVG that the pages share; all text of others passes `safe`."""
 
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmtt.graph.text import quoted, token_label, visible
+from lmtt.graph.text import token_label, visible
 
 if TYPE_CHECKING:
     from lmtt.graph.routes import Route
 
-STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4)  # steps of a contribution: classes w0 ... w5
 SHADES = (0.005, 0.02, 0.06, 0.15, 0.3)  # steps of a token's share: classes s0 ... s5
 
 
@@ -21,20 +20,10 @@ def safe(text: str) -> str:
     return html.escape(visible(text), quote=True)
 
 
-def named(route: Route, position: int) -> str:
-    """`" France" [3]`, safe."""
-    return safe(f"{quoted(route.trace.tokens[int(position)])} [{position}]")
-
-
 def token_cell(route: Route, position: int) -> str:
     """A token and, small beside it, its position."""
     label = safe(token_label(route.trace.tokens[int(position)]))
     return f'<span class="tok">{label}</span> <span class="at">{position}</span>'
-
-
-def numbers(edge: Any) -> str:
-    """An edge's exact values, in words."""
-    return f"contribution {edge['weight']:.4f}, revealed at {edge['reveal']:.4f}"
 
 
 def step(value: float, steps: tuple[float, ...]) -> int:

@@ -1,49 +1,37 @@
-// The slider: what has a reveal threshold above the chosen one stays. Nothing here is needed to read the page.
-"use strict";
-(() => {
-  const slider = document.getElementById("tau");
-  const badge = document.getElementById("tau-badge");
-  const hint = document.getElementById("hint");
-  const drawn = Array.from(document.querySelectorAll("[data-r]"), (element) => ({
-    element,
-    reveal: Math.fround(Number(element.dataset.r)),
-    edges: Number(element.dataset.n || 0),
-  }));
-  const show = (threshold) => {
-    const tau = Math.fround(threshold); // shares are float32: compare as such
-    let edges = 0;
-    for (const item of drawn) {
-      const on = item.reveal > tau;
-      item.element.classList.toggle("off", !on);
-      if (on) edges += item.edges;
-    }
-    const text = `${Number(threshold.toPrecision(3))}: ${edges.toLocaleString("en")} edges`;
-    badge.textContent = text;
-    slider.setAttribute("aria-valuetext", text);
-  };
-  if (slider) {
-    const given = Number(slider.dataset.threshold);
-    slider.closest("label").hidden = false;
-    let waiting = false;
-    slider.addEventListener("input", () => {
-      if (waiting) return;
-      waiting = true;
-      requestAnimationFrame(() => {
-        waiting = false;
-        show(Math.pow(10, Number(slider.value)));
-      });
-    });
-    slider.addEventListener("dblclick", () => {
-      slider.value = String(Math.log10(given));
-      show(given);
-    });
-  }
-  const scroll = document.querySelector(".scroll");
-  scroll.scrollLeft = scroll.scrollWidth; // the target is at the right
+// The exported page: unpack the store that it carries and show it; the address keeps start and threshold.
+import { unpack } from "./route.mjs";
+import { RouteView } from "./view.mjs";
 
-  const rest = hint.textContent;
-  document.querySelector(".plot").addEventListener("mouseover", (event) => {
-    const title = event.target.closest("g, circle, text, polygon")?.querySelector(":scope > title");
-    hint.textContent = title ? title.textContent : rest;
-  });
-})();
+const root = document.getElementById("route");
+const bytes = Uint8Array.from(atob(document.getElementById("store").textContent), (c) => c.charCodeAt(0));
+
+const asked = () => {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const [threshold, position] = [Number(given.get("threshold")), Number(given.get("position") ?? NaN)];
+  return {
+    threshold: threshold > 0 && threshold < 1 ? threshold : Number(root.dataset.threshold),
+    position: Number.isInteger(position) && position >= 0 ? position : Number(root.dataset.position),
+  };
+};
+
+const store = await unpack(bytes);
+const start = asked();
+const view = new RouteView(root, store, {
+  ...start,
+  position: Math.min(start.position, store.tokens - 1),
+  onState: ({ threshold, position }) => {
+    if (location.protocol.startsWith("about")) return; // a notebook's frame has no address of its own
+    history.replaceState(null, "", `#position=${position}&threshold=${Number(threshold.toPrecision(4))}`);
+  },
+});
+addEventListener("hashchange", () => view.set(asked()));
+
+const toggle = document.getElementById("theme");
+toggle.hidden = false;
+toggle.addEventListener("click", () => {
+  const shown = document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  document.documentElement.dataset.theme = shown === "dark" ? "light" : "dark";
+  view.recolour();
+});
+document.documentElement.dataset.ready = "yes";
+window.lmtt = { view, store }; // for a reader's console

@@ -1,61 +1,58 @@
-"""A route as one page: self-contained, static, readable without its script, from a file or a notebook.
+"""A route as one page: self-contained, from a file or a notebook, asking no server for anything.
 
-Nothing of the model is computed here: reveal thresholds, shares and probabilities come with the route, and
-the page's slider only hides what is not revealed above it.
+It holds the whole graph (`store.py`), so that start, threshold, folding and zoom work without a network;
+`view.mjs` draws it, as in the dashboard. Tables and text are there without the script too. Nothing of the
+model is computed here: shares and probabilities come with the route, reveal thresholds follow in the page by
+the rule of `lmtt/graph/routes.py`.
 
-Every string from a prompt, a vocabulary or a model's name goes through `markup.safe`. None enters the script
-or the styles, which are two files beside this one; the page's policy admits these by their hashes and nothing
-else: no request, no inline handler, no style attribute.
+Every string from a prompt, a vocabulary or a model's name goes through `markup.safe`, or into the store. None
+enters the script or the styles, which are files beside this one; the page's policy admits these by their
+hashes and nothing else: no request, no inline handler, no style attribute.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import math
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cache
 from string import Template
 
 import numpy as np
 
 from lmtt.graph.export import predictions
-from lmtt.graph.routes import Route, route
+from lmtt.graph.routes import Route
 from lmtt.graph.summary import heads_text, strongest_attention, strongest_tokens
 from lmtt.graph.text import quoted, token_label
-from lmtt.viz.drawing import FOLD, Layout, axis, graph, legend
+from lmtt.viz import theme
 from lmtt.viz.markup import SHADES, meter, safe, step, token_cell
+from lmtt.viz.script import bundle, source
+from lmtt.viz.store import pack
 
-MAX_EDGES = 3000  # drawn at most: beyond, neither the eye nor the browser follows
-PROMPT_TOKENS = 600  # a longer prompt is shown folded too
+PROMPT_TOKENS = 600  # of a longer prompt only the tokens on the route are shown as text
 LISTED_EDGES = 20
 LISTED_TOKENS = 10
-SLIDER_TOP = 0.8
 
 
 def route_page(given: Route) -> str:
     """The whole page as text."""
-    drawn = _drawn(given)
-    layout = Layout.of(given, drawn)
-    page, style, script = (
-        Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
-    )
+    style, script = _style(), bundle("page.js")
     name = safe(str(given.trace.meta["model"]["name"]))
     said = predictions(given, k=1)[0].token
-    return Template(page).substitute(
+    store = pack(given.trace, renormalised_at=given.threshold if given.renormalized else None)
+    return Template(source("page.html")).substitute(
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'",
         style=style,
         script=script,
+        store=base64.b64encode(store).decode(),
+        start=f'data-threshold="{given.threshold!r}" data-position="{given.position}"',
         title=f"{name}: why {safe(quoted(said))}?",
         said=safe(token_label(said, 40)),
+        target=token_cell(given, given.position),
+        threshold=f"{given.threshold:g}",
         subtitle=_subtitle(given, name),
-        prompt=_prompt(given, layout),
-        legend=legend(given),
-        slider=_slider(given, drawn),
-        axis=axis(layout),
-        graph=graph(given, drawn, layout),
-        hint="Point at an edge or a node for its numbers." + _folded(given, layout),
+        prompt=_prompt(given),
         predictions=_predictions(given),
         sources=_sources(given),
         edges=_edge_table(given),
@@ -63,35 +60,9 @@ def route_page(given: Route) -> str:
     )
 
 
-def _drawn(given: Route) -> Route:
-    """The route whose edges are drawn: the strongest MAX_EDGES of it.
-
-    It goes lower than asked, for the slider, where every token has a column and no weight depends on the
-    threshold.
-    """
-    wide = given
-    if not given.renormalized and given.position < FOLD:
-        wide = route(given.trace, given.position, float(given.trace.meta["floor"]))
-    edges = wide.edges[:MAX_EDGES]
-    return Route(wide.trace, wide.position, wide.threshold, wide.renormalized, wide.nodes, edges, wide.heads)
-
-
-def _slider(given: Route, drawn: Route) -> str:
-    """A threshold to move; out of sight without the script, and the page then shows what was asked for."""
-    if len(given.edges) > len(drawn.edges):
-        return f"<span>the strongest {len(drawn.edges):,} of {len(given.edges):,} edges are drawn</span>"
-    if given.renormalized:
-        return "<span>renormalised weights depend on the threshold: the page shows this one</span>"
-    # All edges revealed above `lowest` are drawn: the first one left out is revealed no higher than the last.
-    cut = float(drawn.edges["reveal"][-1]) if len(drawn.edges) == MAX_EDGES else 0.0
-    lowest = min(given.threshold, max(drawn.threshold, cut)) or 1e-4  # 0 has no logarithm
-    value = math.log10(max(given.threshold, lowest))
-    return (
-        '<label class="slider" hidden>threshold <input id="tau" type="range" '
-        f'min="{math.log10(lowest):.4f}" max="{max(math.log10(SLIDER_TOP), value):.4f}" step="0.005" '
-        f'value="{value:.4f}" data-threshold="{given.threshold!r}">'
-        f'<output id="tau-badge" for="tau">{given.threshold:g}: {len(given.edges):,} edges</output></label>'
-    )
+@cache
+def _style() -> str:
+    return theme.css(":root") + source("view.css") + source("page.css")
 
 
 def _hash(text: str) -> str:
@@ -114,9 +85,11 @@ def _subtitle(given: Route, name: str) -> str:
     )
 
 
-def _prompt(given: Route, layout: Layout) -> str:
+def _prompt(given: Route) -> str:
     tokens, shares = given.trace.tokens, given.token_shares.tokens
-    shown: Iterable[int] = range(len(tokens)) if len(tokens) <= PROMPT_TOKENS else layout.column
+    shown: Sequence[int] = range(len(tokens))
+    if len(tokens) > PROMPT_TOKENS:
+        shown = np.unique(given.nodes["position"]).tolist()
     parts, previous = [], -1
     for position in shown:
         if position > previous + 1:
@@ -128,11 +101,6 @@ def _prompt(given: Route, layout: Layout) -> str:
         )
         previous = position
     return "".join(parts)
-
-
-def _folded(given: Route, layout: Layout) -> str:
-    out = given.position + 1 - len(layout.column)
-    return f" {out:,} tokens that are not on the route are folded away (⋯)." if out else ""
 
 
 def _row(name: str, share: float, kind: str = "") -> str:

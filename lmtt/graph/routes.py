@@ -395,7 +395,7 @@ class Route:
         # In a frame of its own the page's styles cannot reach the notebook, nor its script the kernel.
         page = html.escape(route_page(self))
         return (
-            '<iframe sandbox="allow-scripts" width="100%" height="760" '
+            '<iframe sandbox="allow-scripts allow-downloads" width="100%" height="820" '
             f'style="border:0" title="route" srcdoc="{page}"></iframe>'
         )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,19 +17,10 @@ import numpy as np
 import pytest
 
 from lmtt.graph.routes import route
+from lmtt.graph.tables import edge_columns
 from lmtt.graph.testing import random_trace
-from lmtt.viz.page import MAX_EDGES, route_page
+from lmtt.viz.page import route_page
 
-HOSTILE = [
-    "</script><script>alert(1)</script>",
-    "</style></title></svg><img src=x onerror=alert(1)>",
-    "\"' onmouseover=alert(1) x='",
-    "<!--",
-    "]]>$policy ${style}",
-    "\x00\x1b[2J\u202e\u2066\ud800",
-    "&lt;b&gt;",
-    "",
-]
 VOID = {"meta", "input", "br", "img", "link", "base"}
 
 
@@ -64,42 +57,22 @@ class Page(HTMLParser):
     def named(self, tag):
         return [attributes for name, attributes in self.elements if name == tag]
 
-    def shown_edges(self, tau=None):
-        """Edges that are on: by class as the page is served, or as the slider decides at `tau`."""
-        moving = [a for _, a in self.elements if "data-n" in a]
-        on = [
-            a
-            for a in moving
-            if ("off" not in a["class"].split() if tau is None else np.float32(a["data-r"]) > np.float32(tau))
-        ]
-        return sum(int(a["data-n"]) for a in on)
-
-
-def hostile_trace():
-    data = random_trace(6, tokens=len(HOSTILE), parallel=(False, True, False))
-    meta = {
-        **data.meta,
-        "model": {**data.meta["model"], "name": "<script>alert(2)</script>"},
-        "versions": {"<script>": "<b>"},
-        "prediction_tokens": {str(i): HOSTILE[i % len(HOSTILE)] for i in range(10)},
-    }
-    return dataclasses.replace(data, tokens=tuple(HOSTILE), meta=meta)
-
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("position", range(len(HOSTILE)))
-def test_no_prompt_gets_out_of_its_text(position, renormalize):
-    found = route(hostile_trace(), position, 0.07, renormalize)
+@pytest.mark.parametrize("position", [0, 5, 10])
+def test_no_prompt_gets_out_of_its_text(hostile_trace, position, renormalize):
+    found = route(hostile_trace, position, 0.07, renormalize)
     text = route_page(found)
     text.encode("utf-8")  # no lone surrogate is left
     page = Page(text)
     names = {name for name, _ in page.elements}
     assert names <= {
         *("html", "head", "meta", "title", "style", "script", "body", "header", "main", "section", "aside"),
-        *("footer", "h1", "h2", "p", "div", "span", "label", "input", "output", "svg", "g", "path", "rect"),
-        *("line", "circle", "polygon", "text", "table", "thead", "tbody", "tr", "td", "th"),
+        *("footer", "h1", "h2", "p", "div", "span", "svg", "rect", "button", "noscript"),
+        *("table", "thead", "tbody", "tr", "td", "th"),
     }
-    assert len(page.named("script")) == len(page.named("style")) == 1
+    assert [a.get("type") for a in page.named("script")] == ["text/plain", "module"]
+    assert len(page.named("style")) == 1
     attributes = {attribute for _, given in page.elements for attribute in given}
     assert not {a for a in attributes if a.startswith("on")} | attributes & {
         "src",
@@ -117,62 +90,14 @@ def test_the_policy_admits_this_script_and_this_style_and_nothing_else():
     assert len(policies) == 1
     rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
     assert rules["default-src"] == "'none'"
-    for element in ("script", "style"):
-        digest = hashlib.sha256("".join(page.content[element]).encode()).digest()
+    written = {"script": page.content["script"][-1], "style": page.content["style"][0]}
+    for element, text in written.items():
+        digest = hashlib.sha256(text.encode()).digest()
         assert rules[f"{element}-src"] == f"'sha256-{base64.b64encode(digest).decode()}'"
     everything = [str(value) for _, given in page.elements for value in given.values()]
     assert not any(re.search("https?:|//|url\\(", value) for value in everything)
-    assert not re.search(
-        "https?:|url\\(|@import|fetch|XMLHttp|import\\(",
-        "".join(page.content["style"] + page.content["script"]),
-    )
-
-
-def test_the_page_shows_the_route_as_it_is_served_and_as_the_slider_moves():
-    data = random_trace(6, tokens=7, parallel=(False, True, False, False))
-    for threshold in (1 / 16, 0.07, 0.12, 0.2, 0.249):
-        page = Page(route_page(route(data, -1, threshold)))
-        assert page.shown_edges() == len(route(data, -1, threshold).edges)
-        slider = page.named("input")[0]
-        lowest = 10 ** float(slider["min"])
-        assert lowest <= 1e-4 + 1e-6  # this trace keeps everything
-        assert float(slider["min"]) <= float(slider["value"]) <= float(slider["max"])
-        for tau in (0.01, 1 / 16, 0.1, 0.25, 0.5):
-            assert page.shown_edges(tau) == len(route(data, -1, tau).edges)
-
-
-def test_a_renormalised_page_has_no_slider():
-    found = route(random_trace(6, tokens=7), -1, 0.07, renormalize=True)
-    page = Page(route_page(found))
-    assert not page.named("input")
-    assert page.shown_edges() == len(found.edges)
-
-
-def test_a_long_prompt_is_folded_to_its_route():
-    data = random_trace(11, tokens=90, parallel=(False,) * 4, heads=2)
-    found = route(data, -1, 0.07)
-    on_route = set(found.nodes["position"].tolist())
-    assert 10 < len(on_route) < 60
-    text = route_page(found)
-    page = Page(text)
-    assert len([a for a in page.named("text") if "said" in a.get("class", "")]) == len(on_route)
-    assert page.shown_edges() == len(found.edges)
-    assert f"{90 - len(on_route)} tokens that are not on the route are folded away" in text
-    assert "⋯" in text
-
-
-def test_more_edges_than_can_be_drawn_are_said_to_be_missing():
-    data = random_trace(3, tokens=24, parallel=(False,) * 40)
-    full = np.full_like(data.residual, 0.5)
-    data = dataclasses.replace(data, residual=full, mlp=full, passthrough=full)
-    found = route(data, -1, 0.0)
-    assert len(found.edges) > MAX_EDGES
-    page = Page(route_page(found))
-    assert not page.named("input")
-    assert f"the strongest {MAX_EDGES:,} of {len(found.edges):,} edges are drawn" in "".join(
-        page.content["span"]
-    )
-    assert MAX_EDGES - 2 <= page.shown_edges() <= MAX_EDGES + 1  # an MLP's two edges are one glyph
+    code = "".join(written.values()).replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not re.search("https?:|@import|fetch\\(|XMLHttp|import\\(", code)
 
 
 def test_what_the_page_says_is_what_the_route_holds():
@@ -185,9 +110,6 @@ def test_what_the_page_says_is_what_the_route_holds():
     assert f"{found.token_shares.tokens.max():.1%}" in text
     assert f"{found.to_json()['predictions'][0]['probability']:.1%}" in text
     assert f"{len(found.edges):,} edges above 0.07" in text
-    opaque = found.edges[found.edges["kind"] == "opaque"]
-    assert len(opaque)
-    assert "a sublayer not taken apart" in text
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -202,42 +124,194 @@ def test_the_file_and_the_notebook_hold_the_page(tmp_path):
     assert (tmp_path / "route.html").read_text("utf-8") == route_page(found)
     frame = Page(found._repr_html_()).named("iframe")[0]
     assert frame["srcdoc"] == route_page(found)
-    assert frame["sandbox"] == "allow-scripts"
+    assert frame["sandbox"] == "allow-scripts allow-downloads"
+
+
+def test_a_short_prompts_page_is_small():
+    assert len(route_page(route(random_trace(5, tokens=14, parallel=(False,) * 30), -1, 0.07))) < 300_000
+
+
+# --- in a browser ---
+
+
+def opened(watched, tmp_path, found, **options):
+    found.to_html(tmp_path / "route.html")
+    one = watched(offline=True, **options)
+    one.page.goto((tmp_path / "route.html").as_uri())
+    one.page.wait_for_selector("html[data-ready]")
+    return one.page
+
+
+def selected(page, position, threshold):
+    """The page's own table of a route: what its script selects, before anything is culled for drawing."""
+    script = "([p, t]) => { lmtt.view.set({position: p, threshold: t}); return lmtt.view.json() }"
+    return json.loads(page.evaluate(script, [position, threshold]))["edges"]
+
+
+def until(page, condition):
+    """Wait for a condition; the page's policy lets Playwright's own waiting evaluate no text."""
+    for _ in range(100):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(30)
+    raise AssertionError(f"never: {condition}")
+
+
+def assert_same_edges(page, data, position, threshold):
+    want = edge_columns(route(data, position, threshold))
+    got = selected(page, position % len(data.tokens), threshold)
+    for name in ("source", "target", "kind", "layer", "weight", "reveal"):
+        assert [edge[name] for edge in got] == want[name], (name, position, threshold)
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
-def test_a_browser_runs_the_slider_under_the_pages_own_policy(tmp_path):
-    """The page as served, with a line added to its script (and hash) that moves the slider."""
+@pytest.mark.parametrize("seed", [1, 4])
+def test_the_page_selects_the_same_edges_as_python(watched, tmp_path, seed):
+    """Order, weights and reveals, at 20 thresholds x 5 starts, ties, parallel and opaque layers included."""
+    data = random_trace(seed, tokens=11, parallel=(False, True, False, True, False, False))
+    page = opened(watched, tmp_path, route(data, -1, 0.07))
+    thresholds = [0.0, 1e-4, 0.01, *(n / 16 for n in range(1, 12)), 0.04, 0.07, 0.1, 0.2, 0.3, 0.9]
+    assert len(thresholds) == 20
+    counts = set()
+    for position in (0, 3, 6, 8, 10):
+        for threshold in thresholds:
+            assert_same_edges(page, data, position, threshold)
+            counts.add(len(route(data, position, threshold).edges))
+    assert len(counts) > 20
+
+
+@pytest.mark.browser
+@pytest.mark.model
+def test_the_page_selects_the_same_edges_of_a_real_run(watched, tmp_path, demo_engine):
+    data = demo_engine.trace("When Mary and John went to the store, John gave a drink to", keep="light").data
+    page = opened(watched, tmp_path, route(data, -1, 0.04))
+    for position in (1, 4, 7, 10, 13):
+        for threshold in np.geomspace(1e-3, 0.5, 20).tolist():
+            assert_same_edges(page, data, position, threshold)
+
+
+@pytest.mark.browser
+def test_a_renormalised_page_selects_its_route_and_has_no_slider(watched, tmp_path):
+    data = random_trace(6, tokens=7)
+    found = route(data, -1, 0.07, renormalize=True)
+    page = opened(watched, tmp_path, found)
+    assert page.locator(".rv-slider").is_disabled()
+    assert [e["weight"] for e in selected(page, 6, 0.07)] == found.edges["weight"].tolist()
+
+
+@pytest.mark.browser
+def test_pointing_and_keys_work_without_a_network(watched, tmp_path):
+    """Slider, start, fold, hover, click, arrows and the address, in a page opened from a file."""
+    data = random_trace(11, tokens=60, parallel=(False,) * 4, heads=2)
+    page = opened(watched, tmp_path, route(data, -1, 0.07))
+    badge, live = page.locator(".rv-badge"), page.locator(".rv-live")
+    assert badge.inner_text().startswith(f"{len(route(data, -1, 0.07).edges):,} edges above 0.07")
+    slider = page.locator(".rv-slider")
+    slider.fill("-0.8")
+    expected = len(route(data, -1, float(f"{10**-0.8:.3g}")).edges)
+    until(page, f"document.querySelector('.rv-badge').textContent.startsWith('{expected:,} edges')")
+    until(page, "location.hash.includes('threshold=0.158')")
+    slider.fill(str(np.log10(0.07)))
+    until(page, "document.querySelector('.rv-tau').textContent === '0.07'")
+
+    folded = page.evaluate("lmtt.view.columns.positions.length")
+    assert folded == len(set(route(data, -1, 0.07).nodes["position"].tolist()))
+    page.locator(".rv-canvas").focus()
+    page.keyboard.press("f")
+    assert page.evaluate("lmtt.view.columns.positions.length") == 60
+    page.keyboard.press("f")
+
+    page.keyboard.press("ArrowUp")
+    assert "after layer 3" in live.inner_text()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    assert page.evaluate("lmtt.view.meaning(lmtt.view.selected).kind") == "node"
+    page.keyboard.press("0")
+    page.wait_for_timeout(50)
+
+    box = page.locator(".rv-canvas").bounding_box()
+    place = page.evaluate("(() => { const s = lmtt.view.scene; return s.place(s.glyphs.mlp.at(-1)) })()")
+    x, y = place["x"], place["y"]
+    page.mouse.move(box["x"] + x, box["y"] + y)
+    assert "MLP" in page.locator(".rv-tip").inner_text()
+    page.mouse.click(box["x"] + x, box["y"] + y)
+    assert page.evaluate("lmtt.view.meaning(lmtt.view.selected).kind") == "mlp"
+
+    start = page.evaluate(
+        "[lmtt.view.scene.x(2), lmtt.view.scene.frame.top - 8, lmtt.view.columns.positions[2]]"
+    )
+    page.mouse.click(box["x"] + start[0], box["y"] + start[1])
+    assert page.evaluate("lmtt.view.position") == start[2]
+    until(page, f"location.hash.includes('position={start[2]}&')")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    assert page.evaluate("lmtt.view.position") == start[2]
+
+
+@pytest.mark.browser
+def test_the_page_saves_pictures_and_tables(watched, tmp_path):
     data = random_trace(6, tokens=7, parallel=(False, True, False))
-    text = route_page(route(data, -1, 0.07))
-    script = (Path(route_page.__code__.co_filename).with_name("page.js")).read_text("utf-8")
-    moved = script + (
-        "const s = document.getElementById('tau'); s.value = '-0.8';"
-        "s.dispatchEvent(new Event('input'));"
-        "setTimeout(() => { document.title = document.getElementById('tau-badge').textContent; }, 200);"
-    )
+    found = route(data, -1, 0.07)
+    page = opened(watched, tmp_path, found, accept_downloads=True)
+    files = {}
+    for name in ("PNG", "SVG", "CSV", "JSON"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name).click()
+        files[name] = Path(download.value.path()).read_bytes()
+    assert files["PNG"].startswith(b"\x89PNG")
+    drawing = xml.etree.ElementTree.fromstring(files["SVG"])
+    assert "t6" in "".join(drawing.itertext())
+    assert len(files["CSV"].decode().splitlines()) == 1 + len(found.edges)
+    assert len(json.loads(files["JSON"])["edges"]) == len(found.edges)
 
-    def name(source: str) -> str:
-        return base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
-    (tmp_path / "page.html").write_text(
-        text.replace(name(script), name(moved)).replace(script, moved), "utf-8"
-    )
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hostile_tokens_do_nothing_in_a_browser(watched, tmp_path, hostile_trace, scheme):
+    page = opened(watched, tmp_path, route(hostile_trace, -1, 0.07), color_scheme=scheme)
+    title = page.title()
+    for p in range(len(hostile_trace.tokens)):
+        lines = page.evaluate("(p) => lmtt.view.describe({start: p})", p)
+        page.evaluate("(p) => lmtt.view.trace(p)", p)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "".join(lines))
+    box = page.locator(".rv-canvas").bounding_box()
+    for dx in range(60, 700, 60):
+        page.mouse.move(box["x"] + dx, box["y"] + 20)
+    svg = page.evaluate("lmtt.view.svg()")
+    xml.etree.ElementTree.fromstring(svg)
+    cells = page.evaluate("lmtt.view.csv()").split(",")
+    assert not [cell for cell in cells if cell.startswith('"=')], "a cell that a spreadsheet would run"
+    assert page.title() == title
+    assert page.locator("img").count() == 0
+
+
+@pytest.mark.browser
+def test_only_the_strongest_are_drawn_and_said_so(watched, tmp_path):
+    data = random_trace(3, tokens=40, parallel=(False,) * 60)
+    full = np.full_like(data.residual, 0.5)
+    data = dataclasses.replace(data, residual=full, mlp=full, passthrough=full)
+    page = opened(watched, tmp_path, route(data, -1, 0.0))
+    page.evaluate(
+        "lmtt.view.view.y1 = 12; lmtt.view.schedule()"
+    )  # zoomed in: every edge is a glyph of its own
+    page.evaluate("lmtt.view.set({threshold: 1e-4})")
+    page.evaluate("lmtt.view.fit()")
+    page.wait_for_timeout(100)
+    counts = page.evaluate("lmtt.view.scene.counts")
+    assert counts["route"] == len(route(data, -1, 1e-4).edges)
+    if counts["drawn"] < counts["inView"]:
+        assert "strongest of" in page.locator(".rv-badge").inner_text()
+
+
+def test_the_modules_tests_pass_under_node():
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed; the same functions run in Chromium above")
     done = subprocess.run(
-        [
-            "chromium",
-            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"),
-            *("--enable-logging=stderr", "--dump-dom", (tmp_path / "page.html").as_uri()),
-        ],
+        [node, "--test", str(Path(__file__).with_name("route.test.mjs"))],
         capture_output=True,
         text=True,
-        timeout=120,
-        check=True,
+        check=False,
     )
-    title = re.search("<title>([^<]*)", done.stdout)
-    edges = len(route(data, -1, 10**-0.8).edges)
-    assert title is not None
-    assert title.group(1).endswith(f": {edges:,} edges")
-    assert "Content Security Policy" not in done.stderr
+    assert done.returncode == 0, done.stdout
+    assert "pass 5" in done.stdout
