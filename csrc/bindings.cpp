@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include "core/attention.h"
+#include "core/dequant.h"
 #include "core/neurons.h"
+#include "core/transpose.h"
 
 namespace py = pybind11;
 using Shape = std::vector<int64_t>;
@@ -25,6 +27,8 @@ template <>
 const char* type_name<float>() { return "float32"; }
 template <>
 const char* type_name<uint8_t>() { return "uint8"; }
+template <>
+const char* type_name<uint16_t>() { return "uint16"; }
 template <>
 const char* type_name<int64_t>() { return "int64"; }
 
@@ -194,6 +198,47 @@ py::dict neurons(const py::kwargs& kwargs) {
   return result;
 }
 
+void transpose(const py::kwargs& kwargs) {
+  const Arguments a(kwargs);
+  const Shape shape = a.shape("source", 2);
+  const float* from = a.floats("source", shape);
+  float* to = a.output("out", {shape[1], shape[0]});
+  const int threads = threads_of(a);
+  const py::gil_scoped_release unlocked;
+  lmtt::transpose(from, shape[0], shape[1], to, threads);
+}
+
+// Blocks of weights (uint8, dense) into floats: float32, or the bits of bfloat16 or float16 as uint16.
+void dequantize(const std::string& format, const py::object& blocks, const py::object& out, const std::string& dtype,
+                int threads) {
+  const lmtt::BlockFormat of = lmtt::block_format(format);
+  if (!py::isinstance<py::buffer>(blocks)) throw py::type_error("blocks: expected an array");
+  const int64_t size = py::reinterpret_borrow<py::buffer>(blocks).request().size;
+  expect(size % of.bytes == 0, "blocks: expected whole blocks");
+  expect(threads >= 1 && threads <= 4096, "threads: expected 1 to 4096");
+  const int64_t count = size / of.bytes, values = count * of.values;
+  const uint8_t* in = array<uint8_t>(blocks, "blocks", {size});
+  lmtt::FloatKind kind = lmtt::FloatKind::kFloat32;
+  void* to;
+  if (dtype == "float32") {
+    to = array<float>(out, "out", {values}, true);
+  } else {
+    expect(dtype == "bfloat16" || dtype == "float16", "dtype: expected float32, bfloat16 or float16");
+    kind = dtype == "bfloat16" ? lmtt::FloatKind::kBfloat16 : lmtt::FloatKind::kFloat16;
+    to = array<uint16_t>(out, "out", {values}, true);
+  }
+  const py::gil_scoped_release unlocked;
+  lmtt::dequantize(of, kind, in, count, to, threads);
+}
+
+py::dict block_formats() {
+  py::dict result;
+  for (const lmtt::BlockFormat& format : lmtt::block_formats()) {
+    result[format.name] = py::make_tuple(format.values, format.bytes);
+  }
+  return result;
+}
+
 py::dict info() {
   py::dict result;
   result["isa"] = lmtt::kernels().name;
@@ -228,6 +273,10 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lmtt; see kernels/backends/cpp_backend.py for their use.";
   m.def("attention", &attention, "Fills the given output arrays; returns counts and kept pairs.");
   m.def("neurons", &neurons, "Fills the given output arrays; returns counts.");
+  m.def("transpose", &transpose, "Fills `out` [n, m] with the transpose of `source` [m, n].");
+  m.def("dequantize", &dequantize, py::arg("format"), py::arg("blocks"), py::arg("out"), py::arg("dtype"),
+        py::arg("threads"), "Fills `out` with the values of `blocks`.");
+  m.def("block_formats", &block_formats, "Names of block formats -> (values, bytes) of a block.");
   m.def("info", &info, "Instruction set in use, those that run here, compiler, threading.");
   m.def("set_isa", &lmtt::set_isa, py::arg("name"), "Uses the named instruction set, or the fastest for 'auto'.");
   m.def("multiply_adds", &multiply_adds, py::arg("rounds"), py::arg("threads"),

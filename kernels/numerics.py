@@ -45,8 +45,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def sign(x: Tensor) -> Tensor:
-    """-1 where x < 0, else +1: the screening identity needs |sign(0)| = 1, so that torch.sign will not do."""
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    """-1 or +1 by the sign bit. The screening identity needs |sign(0)| = 1, hence not torch.sign."""
+    return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x)
 
 
 def gamma(terms: int, dtype: torch.dtype) -> float:
@@ -67,6 +67,16 @@ def screening_margin(terms: int, dtype: torch.dtype) -> float:
     terms. Underflow is not covered.
     """
     g = gamma(terms + 8, dtype)
+    return g / (1 - g)
+
+
+def tensor_core_margin(terms: int, split: bool) -> float:
+    """`screening_margin` for products on a GPU, in float32.
+
+    Tensor cores truncate where they add, which costs up to twice the unit roundoff; `split` adds what is left
+    out when W_O r is held as two float16 terms of 11 bits each and v as one.
+    """
+    g = gamma(2 * (terms + 8), torch.float32) + (2.0**-21 if split else 0.0)
     return g / (1 - g)
 
 

@@ -1,10 +1,10 @@
 // Attention, in five steps; nothing of size T * T * H and nothing of size T * T * D is ever held.
 //
 // 1. Prepare: |whole|_1 and the fixed parts of each row; each pair's rounding margin; k and v as panels.
-// 2. Directions: R[i, h] = sign(whole[i]) W_O[h]^T, for as many rows as fit.
+// 2. Directions: R[i, h] = sign(whole[i]) W_O[h]^T, for as many rows as fit, by look-up of sums of four.
 // 3. Screen, by blocks of rows: logits q k^T, coefficients c = row_scale * A, g = c * (R v^T). Pairs whose
 //    bound is at most the threshold are done; the others become records.
-// 4. Evaluate the records, gathered by (head, source): u = v[source] W_O[head] once, then
+// 4. Evaluate the records, gathered by head and group of sources: u = v[source] W_O[head] once, then
 //    proximity = max(0, g - 2 * sum of relu(c u sign(y) - |y|)) for each destination.
 // 5. Finish rows: add the exact values, in the order of heads and sources, and divide by the normaliser.
 //
@@ -18,9 +18,7 @@ namespace lmtt {
 namespace {
 
 constexpr int64_t kSources = 48;       // sources whose u are formed together: they stay in the second-level cache
-constexpr int64_t kColumns = 4;        // panels of W_O that are packed together for directions
-constexpr int64_t kSigns = 24;         // rows of signs that are formed together
-constexpr int64_t kDirectionRows = 192;  // rows of directions that one thread takes: more share the packing,
+constexpr int64_t kDirectionRows = 512;  // rows of directions that one thread takes: more share a table of sums,
                                          // fewer share the work among threads
 
 // Rows screened together, and what they leave for the later steps.
@@ -38,8 +36,9 @@ struct SourceGroup {
 
 // One thread's memory.
 struct Scratch {
-  Buffer<float> q, logits, product, k_panels, v_panels, panel, x, u, u_largest;
+  Buffer<float> q, logits, product, k_panels, v_panels, panel, table, x, u, u_largest;
   Buffer<Record> records;
+  Buffer<int32_t> slot;
 };
 
 class Pass {
@@ -61,11 +60,12 @@ class Pass {
   const Kernels& kernel = kernels();
   const int64_t T, H, E, E_v, D, heads_per_kv;
   const int64_t width;                      // T in whole panels
+  const int64_t width_of_D;                 // D in whole panels
   const int64_t blocks_of_D;                // D in blocks of sixteen coordinates, padded to sixteen blocks
   const int64_t u_stride;                   // D in whole panels, and one more: rows 4 KiB apart would collide in cache
   int64_t block_rows;
   int64_t record_budget;                    // records that the workspace has room for
-  bool packed;                              // all of k and v as panels, or head by head in each block
+  bool packed;                              // all of k, v and W_O as panels, or head by head where they are used
   std::vector<float> threshold;             // [T]: pairs with a larger bound are evaluated
   std::vector<float> listed;                // [T]: pairs with a larger g may have a share above `keep`
   std::vector<PartsRow> parts;              // [T]
@@ -75,18 +75,19 @@ class Pass {
   Buffer<float> margin;                     // [H, width]: rounding error of R v^T at most
   Buffer<float> smallest;                   // [T, blocks_of_D] of whole
   Buffer<float> k_panels, v_panels;         // [H_kv, panels, E or E_v, 16]
+  Buffer<float> o_panels;                   // [H, panels of D, E_v, 16]
   Buffer<float> direction;                  // [rows at a time, H, E_v]
-  std::vector<Record*> gathered;            // records by head and source
+  std::vector<Record*> gathered;            // records by head and group of sources
   std::vector<Scratch> scratch;             // by thread
   std::mutex kept_mutex;
 };
 
 Pass::Pass(const AttentionInput& input, AttentionOutput& output)
     : in(input), out(output), T(in.T), H(in.H), E(in.E), E_v(in.E_v), D(in.parts.D), heads_per_kv(in.H / in.H_kv),
-      width(padded(in.T)), blocks_of_D(padded(panels(in.parts.D))), u_stride(padded(in.parts.D) + kPanel) {
+      width(padded(in.T)), width_of_D(padded(in.parts.D)), blocks_of_D(padded(panels(in.parts.D))), u_stride(padded(in.parts.D) + kPanel) {
   block_rows = T <= 512 || T > 4096 ? 12 : 24;  // few at small T for balance, few at large T for cache
   record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Record*));
-  packed = in.H_kv * width * (E + E_v) * int64_t(sizeof(float)) <= in.workspace / 4;
+  packed = (in.H_kv * width * (E + E_v) + H * E_v * width_of_D) * int64_t(sizeof(float)) <= in.workspace / 4;
   threshold.resize(T), listed.resize(T), parts.resize(T), uncertain.resize(T), signed_sum.resize(T), absolute.resize(T);
   positive.resize(T), evaluated.resize(T);
   head_sums = Buffer<double>(T * H);
@@ -95,6 +96,7 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
   if (packed) {
     k_panels = Buffer<float>(in.H_kv * width * E);
     v_panels = Buffer<float>(in.H_kv * width * E_v);
+    o_panels = Buffer<float>(H * E_v * width_of_D);
   }
   scratch.resize(in.threads);
   for (Scratch& s : scratch) {
@@ -105,11 +107,14 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
       s.k_panels = Buffer<float>(width * E);
       s.v_panels = Buffer<float>(width * E_v);
     }
-    s.panel = Buffer<float>(std::max(kColumns * kDepth, E_v) * kPanel);
-    s.x = Buffer<float>(std::max(kSources * E_v, kSigns * kDepth));
+    s.panel = Buffer<float>(std::max(kTableDepth, E_v) * kPanel);
+    s.table = Buffer<float>(groups(kTableDepth) * (kPanel << kGroup));
+    s.x = Buffer<float>(kSources * E_v);
     s.u = Buffer<float>(kSources * u_stride);
     s.u_largest = Buffer<float>(kSources * blocks_of_D);
     s.records = Buffer<Record>(width);
+    s.slot = Buffer<int32_t>(T);
+    std::fill(s.slot.get(), s.slot + T, -1);
   }
 }
 
@@ -142,7 +147,13 @@ void Pass::prepare() {
       norm[c] = static_cast<float>(kernel.absolute_sum(in.w_o + c * D, D));
     }
   });
-  const double gamma = rounding(chain(D) + chain(E_v) + 8);  // 8: the coefficient, a gate, and the margin itself
+  parallel_for(in.threads, packed ? H : 0, [&](int64_t h, int) {
+    for (int64_t d = 0; d < D; d += kPanel) {
+      const int columns = static_cast<int>(std::min<int64_t>(kPanel, D - d));
+      kernel.pack_columns(in.w_o + h * E_v * D + d, D, columns, E_v, o_panels + (h * width_of_D + d) * E_v);
+    }
+  });
+  const double gamma = rounding(sign_chain(D) + chain(E_v) + 8);  // 8: the coefficient, a gate, and the margin itself
   parallel_for(in.threads, panels(T), [&](int64_t p, int) {
     const int64_t begin = p * kPanel, end = std::min(T, begin + kPanel);
     const int count = static_cast<int>(end - begin);
@@ -213,36 +224,33 @@ void Pass::do_rows(const std::vector<int32_t>& rows) {
 
 // Step 2: fills direction[0..count) for these rows.
 void Pass::directions(const int32_t* rows, int64_t count) {
-  const int64_t HE = H * E_v, groups = (panels(HE) + kColumns - 1) / kColumns;
+  const int64_t HE = H * E_v, D_groups = groups(D);
+  Buffer<uint16_t> offsets(count * D_groups);
+  parallel_for(in.threads, panels(count), [&](int64_t p, int) {
+    for (int64_t r = p * kPanel; r < std::min(count, (p + 1) * kPanel); ++r) {
+      kernel.sign_offsets(in.parts.whole + rows[r] * D, D, offsets + r * D_groups);
+    }
+  });
   const int64_t stripes = (count + kDirectionRows - 1) / kDirectionRows;
-  parallel_for(in.threads, groups * stripes, [&](int64_t item, int thread) {
+  parallel_for(in.threads, panels(HE) * stripes, [&](int64_t item, int thread) {
     Scratch& s = scratch[thread];
-    const int64_t c0 = item % groups * kColumns * kPanel, c1 = std::min(HE, c0 + kColumns * kPanel);
-    const int64_t r0 = item / groups * kDirectionRows, r1 = std::min(count, r0 + kDirectionRows);
-    const float* signs = s.x.get();
-    for (int64_t d = 0; d < D; d += kDepth) {
-      const int64_t depth = std::min(kDepth, D - d);
-      for (int64_t c = c0; c < c1; c += kPanel) {
-        const int columns = static_cast<int>(std::min<int64_t>(kPanel, c1 - c));
-        kernel.pack_rows(in.w_o + c * D + d, D, columns, depth, s.panel + (c - c0) * depth);
+    const int64_t c = item % panels(HE) * kPanel;
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, HE - c));
+    const int64_t r0 = item / panels(HE) * kDirectionRows, n = std::min(kDirectionRows, count - r0);
+    for (int64_t d = 0; d < D; d += kTableDepth) {
+      const int64_t depth = std::min(kTableDepth, D - d);
+      kernel.pack_rows(in.w_o + c * D + d, D, columns, depth, s.panel.get());
+      kernel.sign_table(s.panel.get(), depth, s.table.get());
+      const uint16_t* from = offsets + r0 * D_groups + d / kGroup;
+      if (columns == kPanel) {
+        kernel.add_signed(n, groups(depth), from, D_groups, s.table.get(), direction + r0 * HE + c, HE, d > 0);
+        continue;
       }
-      for (int64_t r = r0; r < r1; r += kSigns) {
-        const int64_t n = std::min(kSigns, r1 - r);
-        for (int64_t m = 0; m < n; ++m) kernel.signs(in.parts.whole + rows[r + m] * D + d, depth, s.x + m * depth);
-        for (int64_t c = c0; c < c1; c += kPanel) {
-          float* to = direction + r * HE + c;
-          if (c + kPanel <= c1) {
-            kernel.multiply(n, depth, signs, depth, s.panel + (c - c0) * depth, to, HE, d > 0);
-          } else {  // the last panel is narrower than what multiply writes
-            float sums[kSigns * kPanel];
-            kernel.multiply(n, depth, signs, depth, s.panel + (c - c0) * depth, sums, kPanel, false);
-            for (int64_t m = 0; m < n; ++m) {
-              for (int64_t e = 0; e < c1 - c; ++e) {
-                to[m * HE + e] = (d > 0 ? to[m * HE + e] : 0.0f) + sums[m * kPanel + e];
-              }
-            }
-          }
-        }
+      for (int64_t r = 0; r < n; ++r) {  // the last panel is narrower than what add_signed writes
+        float *to = direction + (r0 + r) * HE + c, sums[kPanel] = {};
+        if (d > 0) std::copy(to, to + columns, sums);
+        kernel.add_signed(1, groups(depth), from + r * D_groups, D_groups, s.table.get(), sums, kPanel, d > 0);
+        std::copy(sums, sums + columns, to);
       }
     }
   });
@@ -349,7 +357,6 @@ void Pass::evaluate(const std::vector<Block*>& blocks) {
 
   std::vector<std::vector<SourceGroup>> groups(H);
   parallel_for(in.threads, H, [&](int64_t h, int) {
-    std::vector<int64_t> at(T + 1, 0);  // a counting sort by source
     const auto each = [&](const auto& action) {
       for (Block* b : blocks) {
         for (int64_t n = b->head_begin[h]; n < b->head_begin[h + 1]; ++n) {
@@ -357,24 +364,25 @@ void Pass::evaluate(const std::vector<Block*>& blocks) {
         }
       }
     };
-    each([&](const Record& record) { ++at[record.source + 1]; });
-    int64_t begin = head_begin[h], sources = 0;
-    const auto close_group = [&](int64_t end) {
-      if (end > begin) groups[h].push_back({h, begin, end});
-      begin = end, sources = 0;
-    };
-    at[0] = head_begin[h];
+    std::vector<int64_t> count(T, 0);
+    each([&](const Record& record) { ++count[record.source]; });
+    // Sources to groups, and the records' places: those of a group stand together, in the order of blocks and rows,
+    // so that a row of `whole` is read once for all its sources in a group. Records only listed leave room unused.
+    std::vector<int64_t> group_of(T, 0), at;
+    int64_t begin = head_begin[h], end = begin, sources = 0;
     for (int64_t j = 0; j < T; ++j) {
-      sources += at[j + 1] > 0;
-      at[j + 1] += at[j];
-      if (sources == kSources && !in.gate) close_group(at[j + 1]);
+      if (count[j] == 0) continue;
+      if (sources++ % kSources == 0) at.push_back(end);
+      group_of[j] = static_cast<int64_t>(at.size()) - 1;
+      end += count[j];
     }
-    const int64_t last = at[T];  // records that are only listed leave room unused
-    if (in.gate) {  // every record has its own u
-      while (begin < last) close_group(std::min(begin + kSources, last));
+    for (std::size_t g = 0; !in.gate && g < at.size(); ++g) {
+      groups[h].push_back({h, at[g], g + 1 < at.size() ? at[g + 1] : end});
     }
-    close_group(last);
-    each([&](Record& record) { gathered[at[record.source]++] = &record; });
+    for (; in.gate && begin < end; begin += kSources) {  // every record has its own u
+      groups[h].push_back({h, begin, std::min(begin + kSources, end)});
+    }
+    each([&](Record& record) { gathered[at[group_of[record.source]]++] = &record; });
   });
 
   std::vector<SourceGroup> all;
@@ -385,37 +393,45 @@ void Pass::evaluate(const std::vector<Block*>& blocks) {
 void Pass::evaluate(const SourceGroup& group, Scratch& s) {
   const int64_t h = group.head;
   const float* v = in.v + h / heads_per_kv * T * E_v;
-  const auto same_u = [&](const Record* a, const Record* b) { return !in.gate && a->source == b->source; };
+  int32_t* slot = s.slot.get();  // [T]: which u is a source's; -1 outside this function
 
-  int64_t count = 0;
+  int32_t count = 0;
   for (int64_t n = group.begin; n < group.end; ++n) {
-    const Record* record = gathered[n];
-    if (n > group.begin && same_u(record, gathered[n - 1])) continue;
-    float* x = s.x + count++ * E_v;
-    std::copy(v + record->source * E_v, v + (record->source + 1) * E_v, x);
+    const Record& record = *gathered[n];
+    if (slot[record.source] >= 0 && !in.gate) continue;
+    float* x = s.x + count * E_v;
+    std::copy(v + record.source * E_v, v + (record.source + 1) * E_v, x);
     if (in.gate) {
-      const float* gate = in.gate + (record->row * H + h) * E_v;
+      const float* gate = in.gate + (record.row * H + h) * E_v;
       for (int64_t e = 0; e < E_v; ++e) x[e] *= gate[e];
+    } else {
+      slot[record.source] = count;
     }
+    ++count;
   }
   for (int64_t d = 0; d < D; d += kPanel) {
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, D - d));
-    kernel.pack_columns(in.w_o + h * E_v * D + d, D, columns, E_v, s.panel.get());
-    kernel.multiply(count, E_v, s.x.get(), E_v, s.panel.get(), s.u + d, u_stride, false);
+    const float* panel = s.panel.get();
+    if (packed) {
+      panel = o_panels + (h * width_of_D + d) * E_v;
+    } else {
+      kernel.pack_columns(in.w_o + h * E_v * D + d, D, columns, E_v, s.panel.get());
+    }
+    kernel.multiply(count, E_v, s.x.get(), E_v, panel, s.u + d, u_stride, false);
   }
 
-  for (int64_t n = 0; n < count; ++n) kernel.block_largest(s.u + n * u_stride, D, s.u_largest + n * blocks_of_D);
+  for (int32_t n = 0; n < count; ++n) kernel.block_largest(s.u + n * u_stride, D, s.u_largest + n * blocks_of_D);
 
-  int64_t m = 0;
   for (int64_t n = group.begin; n < group.end; ++n) {
     Record& record = *gathered[n];
-    if (n > group.begin && !same_u(&record, gathered[n - 1])) ++m;
+    const int64_t m = in.gate ? n - group.begin : slot[record.source];
     const float over = kernel.overshoot(s.u + m * u_stride, s.u_largest + m * blocks_of_D,
                                         in.parts.whole + record.row * D, smallest + record.row * blocks_of_D,
                                         record.coefficient, D);
     const float value = record.value - 2 * over;
     record.value = value < 0 ? 0 : value;
   }
+  for (int64_t n = group.begin; n < group.end; ++n) slot[gathered[n]->source] = -1;
 }
 
 // Step 5.

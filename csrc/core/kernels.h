@@ -11,6 +11,9 @@ namespace lmtt {
 
 constexpr int kPanel = 16;          // columns of a panel
 constexpr int64_t kDepth = 256;     // longest running sum of a product; longer ones are summed in pieces
+constexpr int64_t kGroup = 4;       // coordinates whose sums are looked up together in products with signs
+constexpr int64_t kTableDepth = 96;  // coordinates of one table of such sums: 24 KiB, which stay in the first-level cache
+inline int64_t groups(int64_t n) { return (n + kGroup - 1) / kGroup; }
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 inline int64_t padded(int64_t n) { return panels(n) * kPanel; }
 
@@ -58,8 +61,19 @@ struct Kernels {
   // The order of additions does not depend on `rows`.
   void (*multiply)(int64_t rows, int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,
                    ptrdiff_t c_stride, bool accumulate);
-  // signs[d] = +1 or -1 by y's sign bit.
-  void (*signs)(const float* y, int64_t n, float* signs);
+
+  // Products with rows of signs, by look-up ("four Russians"; Arlazarov, Dinic, Kronrod, Faradzhev 1970): four
+  // coordinates have sixteen sums of signs, which are formed once for a panel and then only added up by every row,
+  // an addition in the place of four multiply-adds.
+  // offsets[g] = the place, in floats, of the sums for the sign bits of y[4 g .. 4 g + 3] in the group's part of a table.
+  void (*sign_offsets)(const float* y, int64_t n, uint16_t* offsets);
+  // table[g][s][0..15] = sum over b < 4 of panel[4 g + b] * (bit b of s ? -1 : 1), g < groups(depth).
+  // Coordinates beyond depth count as zeros.
+  void (*sign_table)(const float* panel, int64_t depth, float* table);
+  // c[r][0..15] = (accumulate ? c : 0) + sum over g < count of table[g] at offsets[r][g]. The order of additions
+  // does not depend on `rows`.
+  void (*add_signed)(int64_t rows, int64_t count, const uint16_t* offsets, ptrdiff_t stride, const float* table,
+                     float* c, ptrdiff_t c_stride, bool accumulate);
 
   double (*absolute_sum)(const float* x, int64_t n);                     // sum of |x|
   double (*absolute_dot)(const float* x, const float* w, int64_t n);     // sum of |x| w

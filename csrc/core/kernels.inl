@@ -22,6 +22,10 @@ constexpr int kStrip = 5;
 constexpr int kStrip = 2;
 #endif
 
+// Rows of a product with signs that go on together, so that one addition need not wait for the other.
+constexpr int kLookupStrip = kParts == 4 ? 3 : 4;
+constexpr int kEntries = 1 << lmtt::kGroup;
+
 void pack_rows(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* panel) {
   int64_t k = 0;
 #if defined(__SSE2__)
@@ -87,10 +91,56 @@ void multiply(int64_t rows, int64_t depth, const float* a, ptrdiff_t a_stride, c
   }
 }
 
-void signs(const float* y, int64_t n, float* out) {
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) store(out + d, sign_of(load(y + d)));
-  if (d < n) store_first(out + d, sign_of(load_first(y + d, n - d)), n - d);
+void sign_offsets(const float* y, int64_t n, uint16_t* offsets) {
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const unsigned negative = mask_of(sign_of(load_first(y + d, n - d)) < splat(0.0f));
+    for (int64_t b = 0; b < kLanes && d + b < n; b += lmtt::kGroup) {
+      offsets[(d + b) / lmtt::kGroup] = static_cast<uint16_t>((negative >> b & 15) * kLanes);
+    }
+  }
+}
+
+void sign_table(const float* panel, int64_t depth, float* table) {
+  for (int64_t k = 0; k < depth; k += lmtt::kGroup, panel += lmtt::kGroup * kLanes, table += kEntries * kLanes) {
+    const auto row = [=](int64_t b) { return k + b < depth ? load(panel + b * kLanes) : splat(0.0f); };
+    const Lanes a = row(0), b = row(1), c = row(2), d = row(3);
+    const Lanes minus_a = splat(0.0f) - a, minus_c = splat(0.0f) - c;
+    const Lanes low[4] = {a + b, minus_a + b, a - b, minus_a - b};
+    const Lanes high[4] = {c + d, minus_c + d, c - d, minus_c - d};
+#pragma GCC unroll 4
+    for (int h = 0; h < 4; ++h) {
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; ++l) store(table + (4 * h + l) * kLanes, low[l] + high[h]);
+    }
+  }
+}
+
+template <int Rows>
+LMTT_INLINE void add_signed_strip(int64_t count, const uint16_t* offsets, ptrdiff_t stride, const float* table,
+                                  float* c, ptrdiff_t c_stride, bool accumulate) {
+  Lanes sum[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) sum[r] = splat(0.0f);
+  for (int64_t g = 0; g < count; ++g, table += kEntries * kLanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) sum[r] = sum[r] + load(table + offsets[r * stride + g]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    float* out = c + r * c_stride;
+    store(out, accumulate ? load(out) + sum[r] : sum[r]);
+  }
+}
+
+void add_signed(int64_t rows, int64_t count, const uint16_t* offsets, ptrdiff_t stride, const float* table, float* c,
+                ptrdiff_t c_stride, bool accumulate) {
+  int64_t r = 0;
+  for (; r + kLookupStrip <= rows; r += kLookupStrip) {
+    add_signed_strip<kLookupStrip>(count, offsets + r * stride, stride, table, c + r * c_stride, c_stride, accumulate);
+  }
+  for (; r < rows; ++r) {
+    add_signed_strip<1>(count, offsets + r * stride, stride, table, c + r * c_stride, c_stride, accumulate);
+  }
 }
 
 // Calls term(d, lanes available) for d = 0, 16, ...; sums what it returns.
@@ -405,7 +455,7 @@ float multiply_add_chain(int64_t rounds, int64_t* multiply_adds) {
 }
 
 constexpr lmtt::Kernels table(const char* name) {
-  return {name,          pack_rows, pack_columns, multiply,       signs,       absolute_sum, absolute_dot, proximity,
+  return {name,          pack_rows, pack_columns, multiply,       sign_offsets,       sign_table, add_signed, absolute_sum, absolute_dot, proximity,
           block_smallest, block_largest, overshoot, attend,      screen,      screen_neurons,
           exact_above,   open_from, neuron_sums,  multiply_add_chain};
 }

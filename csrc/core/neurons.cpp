@@ -1,7 +1,7 @@
 // Neurons, in three steps.
 //
 // 1. Prepare: |whole|_1 and the fixed parts of each row; |W_down[n]|_1 for the rounding margins.
-// 2. Tiles of 128 neurons by some rows: G = sign(whole) W_down^T, c = row_scale * act, g = c * G. Neurons whose
+// 2. Tiles of 128 neurons by some rows: G = sign(whole) W_down^T by look-up of sums of four, c = row_scale * act, g = c * G. Neurons whose
 //    bound is above the threshold are evaluated at once: proximity = max(0, g - 2 * sum relu(c w sign(y) - |y|)).
 // 3. Rows: the k largest. A neuron that kept its first-order value is evaluated too where its bound reaches the
 //    k-th largest exact value, by falling bound; then the sums are taken and divided.
@@ -15,11 +15,11 @@ namespace lmtt {
 namespace {
 
 constexpr int64_t kTile = 8 * kPanel;  // neurons of a tile: their rows of W_down are packed together
-constexpr int64_t kTileRows = 192;     // rows that one thread takes: more share the packing, fewer share the work
-constexpr int64_t kSigns = 24;         // rows of signs that are formed together
+constexpr int64_t kTileRows = 512;     // rows that one thread takes: more share a table of sums, fewer share the work
+constexpr int64_t kFewRows = 24;       // taken together however small the workspace is
 
 struct Scratch {  // one thread's memory
-  Buffer<float> panels, signs, product;
+  Buffer<float> panel, table, product;
   Buffer<Record> records;
   std::vector<std::pair<float, int32_t>> best, open;
 };
@@ -48,6 +48,7 @@ class Pass {
   int64_t rows_at_once, first_row = 0;
   std::vector<float> threshold;    // [T]
   std::vector<PartsRow> parts;     // [T]
+  Buffer<uint16_t> offsets;        // [T, groups of D]: the signs of whole
   Buffer<float> margin;            // [F]: rounding error of G at most
   Buffer<float> smallest;          // [T, blocks] of whole
   Buffer<float> largest;           // [F, blocks] of w_down
@@ -61,8 +62,9 @@ Pass::Pass(const NeuronInput& input, NeuronOutput& output)
     : in(input), out(output), T(in.T), F(in.F), D(in.parts.D), tiles((in.F + kTile - 1) / kTile),
       blocks(padded(panels(in.parts.D))) {
   const int64_t per_row = F * int64_t(sizeof(float)) + tiles * int64_t(sizeof(ScreenSums));
-  rows_at_once = std::min(T, std::max(kSigns, in.workspace / 2 / per_row));
+  rows_at_once = std::min(T, std::max(kFewRows, in.workspace / 2 / per_row));
   threshold.resize(T), parts.resize(T), positive.resize(T), evaluated.resize(T);
+  offsets = Buffer<uint16_t>(T * groups(D));
   margin = Buffer<float>(F);
   smallest = Buffer<float>(T * blocks);
   largest = Buffer<float>(F * blocks);
@@ -70,8 +72,8 @@ Pass::Pass(const NeuronInput& input, NeuronOutput& output)
   sums = Buffer<ScreenSums>(rows_at_once * tiles);
   scratch.resize(in.threads);
   for (Scratch& s : scratch) {
-    s.panels = Buffer<float>(kTile * kDepth);
-    s.signs = Buffer<float>(kSigns * kDepth);
+    s.panel = Buffer<float>(kTableDepth * kPanel);
+    s.table = Buffer<float>(groups(kTableDepth) * (kPanel << kGroup));
     s.product = Buffer<float>(kTileRows * kTile);
     s.records = Buffer<Record>(kTile);
   }
@@ -93,7 +95,7 @@ void Pass::run() {
 }
 
 void Pass::prepare() {
-  const double gamma = rounding(chain(D) + 8);  // 8: the coefficient and the margin itself
+  const double gamma = rounding(sign_chain(D) + 8);  // 8: the coefficient and the margin itself
   parallel_for(in.threads, panels(F), [&](int64_t p, int) {
     for (int64_t n = p * kPanel; n < std::min(F, (p + 1) * kPanel); ++n) {
       margin[n] = static_cast<float>(gamma * kernel.absolute_sum(in.w_down + n * D, D));
@@ -104,25 +106,21 @@ void Pass::prepare() {
     parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
     threshold[i] = static_cast<float>(in.screen * parts[i].size);
     kernel.block_smallest(in.parts.whole + i * D, D, smallest + i * blocks);
+    kernel.sign_offsets(in.parts.whole + i * D, D, offsets + i * groups(D));
   });
 }
 
 // Step 2, for rows begin..end.
 void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s) {
   const int64_t n0 = t * kTile, count = std::min(F - n0, kTile);
-  for (int64_t d = 0; d < D; d += kDepth) {
-    const int64_t depth = std::min(kDepth, D - d);
-    for (int64_t n = 0; n < count; n += kPanel) {
-      const int rows = static_cast<int>(std::min<int64_t>(kPanel, count - n));
-      kernel.pack_rows(in.w_down + (n0 + n) * D + d, D, rows, depth, s.panels + n * depth);
-    }
-    for (int64_t r = begin; r < end; r += kSigns) {
-      const int64_t rows = std::min(kSigns, end - r);
-      for (int64_t m = 0; m < rows; ++m) kernel.signs(in.parts.whole + (r + m) * D + d, depth, s.signs + m * depth);
-      for (int64_t n = 0; n < count; n += kPanel) {
-        kernel.multiply(rows, depth, s.signs.get(), depth, s.panels + n * depth,
-                        s.product + (r - begin) * kTile + n, kTile, d > 0);
-      }
+  for (int64_t n = 0; n < count; n += kPanel) {
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, count - n));
+    for (int64_t d = 0; d < D; d += kTableDepth) {
+      const int64_t depth = std::min(kTableDepth, D - d);
+      kernel.pack_rows(in.w_down + (n0 + n) * D + d, D, columns, depth, s.panel.get());
+      kernel.sign_table(s.panel.get(), depth, s.table.get());
+      kernel.add_signed(end - begin, groups(depth), offsets + begin * groups(D) + d / kGroup, groups(D),
+                        s.table.get(), s.product + n, kTile, d > 0);
     }
   }
   for (int64_t i = begin; i < end; ++i) {

@@ -35,6 +35,11 @@ inline double rounding(double n) {
 inline double chain(int64_t depth) {
   return double(depth < kDepth ? depth : kDepth) + double((depth + kDepth - 1) / kDepth);
 }
+// Likewise of Kernels::add_signed: two additions in the table, one for each group of a table, one for each table.
+inline double sign_chain(int64_t depth) {
+  const int64_t longest = depth < kTableDepth ? depth : kTableDepth;
+  return 2 + double(groups(longest)) + double((depth + kTableDepth - 1) / kTableDepth);
+}
 
 // Uninitialised floats (or records) on a cache line boundary.
 template <class T>

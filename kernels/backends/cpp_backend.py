@@ -70,7 +70,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         q=_dense("q", attention.q, (H, T, E)),
         k=_dense("k", attention.k, (H_kv, T, E)),
         v=_dense("v", attention.v, (H_kv, T, E_v)),
-        w_o=_dense("w_o", attention.w_o, (H, E_v, D)),
+        w_o=_dense_weight("w_o", attention.w_o, (H, E_v, D)),
         scale=attention.scale,
         softcap=attention.softcap,
         window=attention.window,
@@ -109,7 +109,7 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
     common = _Common(T, len(task.others))
     counts = _native().neurons(
         act=_dense("act", task.act, (T, F)),
-        w_down=_dense("w_down", task.w_down, (F, D)),
+        w_down=_dense_weight("w_down", task.w_down, (F, D)),
         row_scale=_optional("row_scale", task.row_scale, (T,)),
         k=task.k,
         base=_dense("base", task.base, (T, D)),
@@ -195,6 +195,20 @@ def _dense(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
     if tensor.dtype not in WIDENED:
         raise InputError(name, expected="float32, bfloat16 or float16", got=_name(tensor.dtype))
     return tensor.detach().to(torch.float32).contiguous().numpy()
+
+
+def _dense_weight(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
+    """As `_dense`, quicker where the weight is the transpose of a dense one, as those of linear layers are."""
+    _check_shape(name, tensor, shape)
+    rows, columns = tensor.numel() // shape[-1] if shape[-1] else 0, shape[-1]
+    source = tensor.detach().reshape(rows, columns).t()
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not source.is_contiguous() or rows < 2:
+        return _dense(name, tensor, shape)
+    out = torch.empty(tuple(shape))
+    _native().transpose(
+        source=source.numpy(), out=out.view(rows, columns).numpy(), threads=torch.get_num_threads()
+    )
+    return out.numpy()
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
