@@ -1,0 +1,269 @@
+"""What each head and neuron added, found by taking it away from the running model: the tests' oracle.
+
+It shares nothing with `lmtt.structure`: a layer is run again and again as the model itself runs it, each time
+with one thing missing, and what changes in float64 is that thing's part. Shares follow from the parts by the
+definition, max(0, |y|_1 - |y - x|_1) over its sum.
+
+    head h, source j   row j of v is zeroed where the model multiplies its attention matrix by v (or hands v
+                       to torch's attention), which says what of the output projection's input came from j;
+                       of that, head h's columns go
+    neuron n           the column n of the down projection's weight is zeroed
+    bias               the bias is zeroed
+    resid_mid          what the layer returns with a silent MLP
+
+Where a norm follows the sublayer, differences are taken before it and it is applied by its formula, held at
+the statistics of the undisturbed run. `Layout` says where a layer keeps these, read off the model's source by
+a person; that is the only knowledge here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one layer keeps what is taken away (paths relative to the layer)."""
+
+    out: str  # the attention's output projection
+    down: tuple[str, ...]  # weights whose columns are neurons, routed experts before shared ones;
+    # "a+b" where one neuron has a column in two weights
+    attention_norm: str | None = None  # a norm between the output projection and the stream
+    mlp_norm: str | None = None  # likewise of the MLP, and ...
+    mlp: str = "mlp"  # ... the module whose output that norm is given
+    gain: float = 0.0  # these norms multiply by gain + weight
+    attends: bool = True  # False: something else in the attention's place
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one layer added, float64; `H` heads, `F` neurons, the last two axes [T, D] are destinations."""
+
+    base: Tensor  # [T, D]
+    mid: Tensor  # [T, D]
+    post: Tensor  # [T, D]
+    pairs: Tensor  # [H, T, T, D], the second axis is the source; H = 0 without attention
+    attention_bias: Tensor  # [T, D]
+    neurons: Tensor  # [F, T, D]
+    mlp_bias: Tensor  # [T, D]
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """An ordinary forward, with what each layer was given and returned."""
+
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    returned: list[Tensor]  # [1, T, D] each
+    logits: Tensor  # [1, T, V]
+
+
+@torch.no_grad()
+def plain_run(model: Any, stack: nn.ModuleList, input_ids: Tensor) -> PlainRun:
+    """model(input_ids), watched by plain hooks on its decoder layers `stack`."""
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    returned: list[Tensor] = []
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append((args, dict(kwargs)))
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        returned.append(_first(output).clone())
+
+    with ExitStack() as hooks:
+        for layer in stack:
+            hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(after).remove)
+        logits = model(input_ids, use_cache=False).logits
+    return PlainRun(given, returned, logits)
+
+
+def _first(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def shares(parts: Tensor, whole: Tensor) -> Tensor:
+    """[n, T]: max(0, |y|_1 - |y - x|_1) of parts x [n, T, D] of y [T, D], over its sum; 0 where that is 0."""
+    proximity = (whole.abs().sum(-1) - (whole - parts).abs().sum(-1)).clamp(min=0)
+    total = proximity.sum(0)
+    return torch.where(total > 0, proximity / total.where(total > 0, torch.ones_like(total)), 0.0)
+
+
+@torch.no_grad()
+def take_away(
+    layer: nn.Module, layout: Layout, call: tuple[tuple[Any, ...], dict[str, Any]], heads: int
+) -> Parts:
+    """Every part of one layer's writes, by running it without each; `call` as in PlainRun.given."""
+    bench = _Bench(layer, layout, call)
+    post = bench.run()
+    pairs = post.new_zeros(0, bench.tokens, *post.shape)
+    bias = torch.zeros_like(post)
+    with bench.silent_mlp():
+        mid = bench.run()
+        if layout.attends:
+            pairs, bias = _attention_parts(bench, mid, heads)
+    neurons, mlp_bias = _mlp_parts(bench, post)
+    return Parts(bench.base, mid, post, pairs, bias, neurons, mlp_bias)
+
+
+class _SilentSource(TorchFunctionMode):
+    """Zero one row of v in the product of the attention matrix with v."""
+
+    def __init__(self, source: int, tokens: int) -> None:
+        super().__init__()
+        self.source, self.tokens, self.seen = source, tokens, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, at = getattr(func, "__name__", ""), None
+        if name == "scaled_dot_product_attention":
+            at = 2
+        elif name in {"matmul", "__matmul__", "bmm"} and self._attends(args[0]):
+            at = 1
+        if at is not None:
+            self.seen += 1
+            values = args[at].clone()
+            values[..., self.source, :] = 0
+            args = (*args[:at], values, *args[at + 1 :])
+        return func(*args, **(kwargs or {}))
+
+    def _attends(self, matrix: Tensor) -> bool:
+        """[.., T, T], causal, each row a distribution (or what a sink leaves of it)."""
+        if matrix.dim() < 3 or matrix.shape[-2:] != (self.tokens, self.tokens):
+            return False
+        whole = bool((matrix.sum(-1) <= 1 + 1e-5).all())
+        return whole and bool((matrix >= 0).all()) and bool((matrix.triu(1) == 0).all())
+
+
+class _Bench:
+    """One layer on its input, to be run again with something missing."""
+
+    def __init__(
+        self, layer: nn.Module, layout: Layout, call: tuple[tuple[Any, ...], dict[str, Any]]
+    ) -> None:
+        self.layer, self.layout = layer, layout
+        self._args, self._kwargs = call
+        hidden = self._args[0] if self._args else self._kwargs["hidden_states"]
+        self.base: Tensor = hidden[0].clone()
+        self.tokens = int(hidden.shape[1])
+
+    def run(self) -> Tensor:
+        return _first(self.layer(*self._args, **self._kwargs))[0].clone()
+
+    def watch(self, module: str, of: str) -> Tensor:
+        """The input or output of a module while the layer runs, [T, ...]."""
+        seen: list[Tensor] = []
+        target = self.layer.get_submodule(module)
+        if of == "input":
+            hook = target.register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+        else:
+            hook = target.register_forward_hook(lambda _m, _a, out: seen.append(_first(out).clone()))
+        self.run()
+        hook.remove()
+        assert len(seen) == 1, f"{module} ran {len(seen)} times"
+        return seen[0].reshape(self.tokens, -1)
+
+    @contextmanager
+    def zeroed(self, *where: tuple[Tensor, Any]) -> Iterator[None]:
+        """Entries of parameters are zero for a while."""
+        kept = [parameter[at].clone() for parameter, at in where]
+        try:
+            for parameter, at in where:
+                parameter[at] = 0
+            yield
+        finally:
+            for (parameter, at), value in zip(where, kept, strict=True):
+                parameter[at] = value
+
+    @contextmanager
+    def silent_mlp(self) -> Iterator[None]:
+        """Every weight and bias of the down projections is zero: the MLP adds nothing."""
+        weights = [self.layer.get_parameter(n) for name in self.layout.down for n in name.split("+")]
+        with self.zeroed(*((parameter, ...) for parameter in weights + self.mlp_biases())):
+            yield
+
+    def mlp_biases(self) -> list[Tensor]:
+        known = dict(self.layer.named_parameters())
+        names = {n.removesuffix("weight") + "bias" for n in self.layout.down if n.endswith("weight")}
+        names |= {n + "_bias" for n in self.layout.down}
+        return [known[name] for name in sorted(names) if name in known]
+
+    def held(self, norm: str | None, statistics: Tensor) -> Callable[[Tensor], Tensor]:
+        """The norm's formula with the mean square of `statistics`; without a norm, nothing is done."""
+        if norm is None:
+            return lambda x: x
+        module: Any = self.layer.get_submodule(norm)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        row = (statistics.square().mean(-1, keepdim=True) + float(epsilon)).rsqrt()
+        return lambda x: x * row * (self.layout.gain + module.weight)
+
+
+def _attention_parts(bench: _Bench, mid: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    layout = bench.layout
+    projection = bench.layer.get_submodule(layout.out)
+    z = bench.watch(layout.out, "input")
+    norm = bench.held(layout.attention_norm, bench.watch(layout.out, "output"))
+    width = z.shape[1] // heads
+    pairs = mid.new_zeros(heads, bench.tokens, *mid.shape)
+    for source in range(bench.tokens):
+        with _SilentSource(source, bench.tokens) as mode:
+            missing = z - bench.watch(layout.out, "input")
+        assert mode.seen == 1, f"{mode.seen} products of an attention matrix and values"
+        for head in range(heads):
+            one = torch.zeros_like(z)
+            one[:, head * width : (head + 1) * width] = missing[:, head * width : (head + 1) * width]
+            if layout.attention_norm is not None:
+                pairs[head, source] = norm(projection(one) - projection(torch.zeros_like(one)))
+                continue
+            hook = projection.register_forward_pre_hook(
+                lambda _m, args, one=one: (args[0] - one.reshape(args[0].shape),)
+            )
+            pairs[head, source] = mid - bench.run()
+            hook.remove()
+    bias = getattr(projection, "bias", None)
+    if bias is None:
+        return pairs, torch.zeros_like(mid)
+    if layout.attention_norm is not None:
+        return pairs, norm(bias.expand_as(mid))
+    with bench.zeroed((bias, ...)):
+        return pairs, mid - bench.run()
+
+
+def _mlp_parts(bench: _Bench, post: Tensor) -> tuple[Tensor, Tensor]:
+    layout, width = bench.layout, post.shape[1]
+
+    def raw() -> Tensor:
+        return bench.run() if layout.mlp_norm is None else bench.watch(layout.mlp, "output")
+
+    whole = raw()
+    norm = bench.held(layout.mlp_norm, whole)
+    neurons = []
+    for name in layout.down:
+        weights = [bench.layer.get_parameter(n) for n in name.split("+")]
+        for column in _columns(weights[0], width):
+            with bench.zeroed(*((weight, column) for weight in weights)):
+                neurons.append(norm(whole - raw()))
+    biases = torch.zeros_like(post)
+    for bias in bench.mlp_biases():
+        with bench.zeroed((bias, ...)):
+            biases += norm(whole - raw())
+    return torch.stack(neurons), biases
+
+
+def _columns(weight: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
+    """Indices of what one neuron owns: along the axis that is not the stream's, expert by expert."""
+    axes = [axis for axis in (-2, -1) if weight.shape[axis] != width]
+    assert len(axes) == 1, f"a down projection of {tuple(weight.shape)} beside a stream of {width}"
+    experts = range(weight.shape[0]) if weight.dim() == 3 else [None]
+    for expert in experts:
+        for n in range(weight.shape[axes[0]]):
+            at = (slice(None), n) if axes[0] == -1 else (n, slice(None))
+            yield at if expert is None else (expert, *at)

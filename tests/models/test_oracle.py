@@ -1,0 +1,316 @@
+"""Each model of this list is right in full: heads, neurons, biases and blocks equal what taking them away
+from the running model changes, and looking at the model changes no bit of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lmtt
+from lmtt.errors import StructureError
+from lmtt.structure.replay import dry_run, find_layers, finish
+from lmtt.testing import assert_within
+from lmtt.testing_models import perturb
+from lmtt.testing_oracle import Layout, Parts, plain_run, shares, take_away
+from lmtt.testing_types import prompt, tiny_of_type
+
+# Shares are stored in float32, and most models compute softmax and norms in float32 even in float64.
+TOLERANCE = 5e-6
+HEADS, NEURONS, EXPERTS = 4, 20, 8  # D = 32: the oracle tells neurons from the stream by their number
+
+LLAMA = Layout("self_attn.o_proj", ("mlp.down_proj.weight",))
+PACKED = replace(LLAMA, down=("mlp.experts.down_proj",))
+GPT = Layout("attn.c_proj", ("mlp.c_proj.weight",))
+GEMMA = replace(
+    LLAMA,
+    attention_norm="post_attention_layernorm",
+    mlp_norm="post_feedforward_layernorm",
+    gain=1.0,
+)
+OLMO2 = replace(GEMMA, gain=0.0)
+DEEPSEEK = replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_experts.down_proj.weight"))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model type, its options, and where its layers keep their parts (the last layout is repeated)."""
+
+    model_type: str
+    layouts: tuple[Layout, ...]
+    options: dict[str, Any]
+
+
+def case(model_type: str, *layouts: Layout, **options: Any) -> Case:
+    return Case(model_type, layouts, {**SMALL, **options})
+
+
+SMALL: dict[str, Any] = {
+    "intermediate_size": NEURONS,
+    "moe_intermediate_size": EXPERTS,
+}
+CASES = {
+    "llama": case("llama", LLAMA, attention_bias=True, mlp_bias=True),
+    "llama_lora": case(
+        "llama",
+        replace(LLAMA, down=("mlp.down_proj.base_layer.weight+mlp.down_proj.lora_A.default.weight",)),
+    ),
+    "mistral": case("mistral", LLAMA),
+    "mixtral": case("mixtral", PACKED, intermediate_size=EXPERTS),
+    "qwen2": case("qwen2", LLAMA),
+    "qwen2_moe": case(
+        "qwen2_moe",
+        replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight")),
+        shared_expert_intermediate_size=8,
+    ),
+    "qwen3": case("qwen3", LLAMA),
+    "qwen3_moe": case("qwen3_moe", LLAMA, PACKED, mlp_only_layers=[0]),
+    "gemma": case("gemma", LLAMA),
+    "gemma2": case(
+        "gemma2", GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=2.0, query_pre_attn_scalar=16
+    ),
+    "gemma3_text": case("gemma3_text", GEMMA, query_pre_attn_scalar=16),
+    "phi": case("phi", Layout("self_attn.dense", ("mlp.fc2.weight",)), partial_rotary_factor=0.5),
+    "phi3": case("phi3", LLAMA),
+    "gpt2": case("gpt2", GPT, n_inner=NEURONS),
+    "gpt_neo": case("gpt_neo", Layout("attn.attention.out_proj", ("mlp.c_proj.weight",))),
+    "gpt_neox": case("gpt_neox", Layout("attention.dense", ("mlp.dense_4h_to_h.weight",))),
+    "gpt_neox_sequential": case(
+        "gpt_neox", Layout("attention.dense", ("mlp.dense_4h_to_h.weight",)), use_parallel_residual=False
+    ),
+    "gptj": case("gptj", Layout("attn.out_proj", ("mlp.fc_out.weight",)), n_inner=NEURONS),
+    "opt": case("opt", Layout("self_attn.out_proj", ("fc2.weight",)), ffn_dim=NEURONS),
+    "bloom": case("bloom", Layout("self_attention.dense", ("mlp.dense_4h_to_h.weight",))),
+    "falcon_7b": case(
+        "falcon",
+        Layout("self_attention.dense", ("mlp.dense_4h_to_h.weight",)),
+        multi_query=True, new_decoder_architecture=False, alibi=False, bias=True, ffn_hidden_size=NEURONS,
+    ),
+    "falcon_40b": case(
+        "falcon",
+        Layout("self_attention.dense", ("mlp.dense_4h_to_h.weight",)),
+        num_kv_heads=2, new_decoder_architecture=True, alibi=False, ffn_hidden_size=NEURONS,
+    ),
+    "falcon_alibi": case(
+        "falcon",
+        Layout("self_attention.dense", ("mlp.dense_4h_to_h.weight",)),
+        multi_query=False, parallel_attn=False, alibi=True, bias=True, ffn_hidden_size=NEURONS,
+    ),
+    "mpt": case("mpt", Layout("attn.out_proj", ("ffn.down_proj.weight",))),
+    "olmo": case("olmo", LLAMA),
+    "olmo2": case("olmo2", OLMO2),
+    "olmoe": case("olmoe", PACKED, intermediate_size=EXPERTS),
+    "granite": case(
+        "granite", LLAMA,
+        residual_multiplier=0.22, embedding_multiplier=3.0, logits_scaling=8.0, attention_multiplier=0.1,
+    ),
+    "granitemoe": case(
+        "granitemoe", replace(LLAMA, down=("block_sparse_moe.experts.down_proj",)),
+        intermediate_size=EXPERTS, residual_multiplier=0.22, attention_multiplier=0.1,
+    ),
+    "cohere": case("cohere", LLAMA, logit_scale=0.25, attention_bias=True),
+    "cohere2": case("cohere2", LLAMA, logit_scale=0.25),
+    "stablelm": case("stablelm", LLAMA, use_qkv_bias=True),
+    "stablelm_parallel": case("stablelm", LLAMA, use_parallel_residual=True, qk_layernorm=True),
+    "starcoder2": case("starcoder2", Layout("self_attn.o_proj", ("mlp.c_proj.weight",))),
+    "nemotron": case("nemotron", LLAMA),
+    "glm4": case(
+        "glm4", replace(LLAMA, attention_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm")
+    ),
+    "exaone4": case("exaone4", OLMO2),
+    "smollm3": case("smollm3", LLAMA),
+    "codegen": case("codegen", Layout("attn.out_proj", ("mlp.fc_out.weight",)), n_inner=NEURONS),
+    "deepseek_v2": case("deepseek_v2", LLAMA, DEEPSEEK),
+    "deepseek_v3": case("deepseek_v3", LLAMA, DEEPSEEK),
+    "gpt_oss": case("gpt_oss", PACKED, intermediate_size=EXPERTS),
+    "llama4_text": case(
+        "llama4_text",
+        replace(
+            LLAMA, down=("feed_forward.experts.down_proj", "feed_forward.shared_expert.down_proj.weight")
+        ),
+        intermediate_size=EXPERTS,
+    ),
+    "gemma4_text": case("gemma4_text", GEMMA),
+    "qwen3_next": case(
+        "qwen3_next",
+        replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight"), attends=False),
+        replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight")),
+        shared_expert_intermediate_size=8,
+    ),
+}  # fmt: skip
+NO_SDPA = {
+    "gemma2",
+    "gpt_neo",
+    "gptj",
+    "bloom",
+    "mpt",
+    "codegen",
+    "gpt_oss",
+}  # transformers has none for them
+# Elsewhere both compute the same; falcon rounds and scales ALiBi differently in each.
+DIFFERENT_SDPA = {"falcon_alibi"}
+PENDING = {
+    "llama4_text": "routed experts that scale their input are taken whole",
+    "gemma4_text": "layers that scale the stream itself are refused",
+    "llama_lora": "a low-rank adapter is a second write beside the projection's own",
+}
+RUNS = [
+    (name, attention)
+    for name in CASES
+    for attention in ("eager", "sdpa")
+    if attention == "eager" or name not in NO_SDPA
+]
+
+
+def pending(name: str, *more: str) -> Any:
+    marks = [pytest.mark.xfail(reason=PENDING[name], strict=False)] if name in PENDING else []
+    return pytest.param(name, *more, marks=marks)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(name: str, attention: str, dtype: torch.dtype) -> Any:
+    known = CASES[name]
+    model = tiny_of_type(known.model_type, dtype=dtype, attn_implementation=attention, **known.options)
+    return with_adapters(model) if name.endswith("_lora") else model
+
+
+def with_adapters(model: Any) -> Any:
+    """The model in PEFT's wrapper, low-rank adapters on every kind of projection that matters here."""
+    import peft
+
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config).eval()
+    perturb(wrapped)
+    return wrapped
+
+
+@cache
+def parts_of(name: str, attention: str = "eager") -> list[Parts]:
+    """The oracle's answer for every layer of a model."""
+    known = CASES[name]
+    model = build(name, attention, torch.float64)
+    _, stack = find_layers(model)
+    run = plain_run(model, stack, prompt())
+    layouts = [known.layouts[min(i, len(known.layouts) - 1)] for i in range(len(stack))]
+    return [
+        take_away(layer, layout, given, HEADS)
+        for layer, layout, given in zip(stack, layouts, run.given, strict=True)
+    ]
+
+
+def relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
+    return float(difference.abs().max() / whole.abs().max())
+
+
+@pytest.mark.parametrize("name", [pending(name) for name in CASES])
+def test_the_oracle_itself_is_complete(name: str) -> None:
+    """What was taken away piece by piece is all that there was, and no two pieces are the same."""
+    for parts in parts_of(name):
+        if len(parts.pairs):
+            added = parts.pairs.sum((0, 1)) + parts.attention_bias
+            assert relative(parts.mid - parts.base - added, parts.mid - parts.base) <= 1e-6
+            assert (parts.pairs.abs().amax((-2, -1)) > 0).all(), "a head or source adds nothing"
+        added = parts.neurons.sum(0) + parts.mlp_bias
+        assert relative(parts.post - parts.mid - added, parts.post - parts.mid) <= 1e-6
+
+
+def kept_pairs(data: Any, layer: int, tokens: int) -> torch.Tensor:
+    """[H, T source, T destination] of what a trace stores."""
+    result = np.zeros((HEADS, tokens, tokens))
+    edges = data.edges
+    for edge in range(*edges.layer_ptr[layer : layer + 2]):
+        for at in range(*edges.head_ptr[edge : edge + 2]):
+            result[edges.head[at], edges.source[edge], edges.destination[edge]] = edges.head_weight[at]
+    return torch.from_numpy(result)
+
+
+@pytest.mark.parametrize(("name", "attention"), [pending(*run) for run in RUNS])
+def test_heads_neurons_and_blocks_are_the_oracles(name: str, attention: str) -> None:
+    ids = prompt()
+    engine = lmtt.load(build(name, attention, torch.float64))
+    trace = engine.trace(input_ids=ids[0].numpy(), floor=0.0, neurons=1000)
+    T = ids.shape[1]
+    own = attention if name in DIFFERENT_SDPA else "eager"
+    for layer, parts in enumerate(parts_of(name, own)):
+        where = f"{name}, layer {layer}"
+        parallel = bool(trace.data.parallel[layer])
+        whole = parts.post if parallel else parts.mid
+        block = parts.post - parts.mid
+        if len(parts.pairs):
+            rivals = [block] if parallel else []
+            every = torch.stack([*parts.pairs.flatten(0, 1), parts.base, parts.attention_bias, *rivals])
+            expected = shares(every, whole)
+            pairs, others = expected[: HEADS * T].unflatten(0, (HEADS, T)), expected[HEADS * T :]
+            assert pairs.max() > 0.01, "shares too small to tell anything"
+            assert_within(kept_pairs(trace.data, layer, T), pairs, TOLERANCE, f"{where}, stored heads")
+            maps = np.stack([trace.contribution_map(layer, head) for head in range(HEADS)])
+            assert_within(
+                torch.from_numpy(maps).transpose(1, 2), pairs, TOLERANCE, f"{where}, heads on demand"
+            )
+            assert_within(torch.from_numpy(trace.residual[layer]), others[0], TOLERANCE, f"{where}, residual")
+            assert_within(torch.from_numpy(trace.bias[layer]), others[1], TOLERANCE, f"{where}, bias")
+            if parallel:
+                assert_within(torch.from_numpy(trace.mlp[layer]), others[2], TOLERANCE, f"{where}, mlp")
+        else:
+            mixer = shares(torch.stack([parts.base, parts.mid - parts.base]), parts.mid)
+            assert_within(torch.from_numpy(trace.opaque[layer]), mixer[1], TOLERANCE, f"{where}, mixer")
+        if not parallel:
+            both = shares(torch.stack([parts.mid, block]), parts.post)
+            assert_within(torch.from_numpy(trace.mlp[layer]), both[1], TOLERANCE, f"{where}, mlp")
+        every = torch.stack([*parts.neurons, parts.mid, parts.mlp_bias])
+        expected = shares(every, parts.post)[:-2]
+        assert expected.max() > 0.01, "shares too small to tell anything"
+        F = len(expected)
+        stored = np.zeros((T, F))
+        index = trace.data.neurons.index[layer, :, :F]
+        assert (trace.data.neurons.index[layer, :, F:] == -1).all(), f"{where}: more neurons than there are"
+        np.put_along_axis(stored, index, trace.data.neurons.contribution[layer, :, :F], axis=1)
+        assert_within(torch.from_numpy(stored).T, expected, TOLERANCE, f"{where}, stored neurons")
+        for position in (0, T - 1):
+            row = {n.neuron: n.contribution for n in trace.neurons(layer, position, k=F)}
+            found = torch.tensor([row[n] for n in range(F)])
+            assert_within(found, expected[:, position], TOLERANCE, f"{where}, neurons on demand")
+
+
+@pytest.mark.parametrize(("name", "attention"), [pending(*run) for run in RUNS])
+def test_looking_changes_no_bit(name: str, attention: str) -> None:
+    """States and logits of a traced run are those of an ordinary one, and so is the model afterwards."""
+    model, ids = build(name, attention, torch.float32), prompt()
+    _, stack = find_layers(model)
+    before = plain_run(model, stack, ids)
+    trace = lmtt.load(model).trace(input_ids=ids[0].numpy())
+    after = plain_run(model, stack, ids)
+    assert trace.data.resid_pre is not None
+    states = torch.from_numpy(trace.data.resid_pre)
+    for layer, returned in enumerate(before.returned):
+        assert torch.equal(states[layer + 1], returned[0]), f"resid_post of layer {layer}"
+    traced = finish(model, ids, states[-1:], dry_run(model, ids))
+    assert torch.equal(traced, before.logits)
+    assert torch.equal(after.logits, before.logits)
+
+
+def test_the_other_norm_order_of_opt_is_refused_by_name() -> None:
+    """OPT-350m normalises the stream itself: there is no sum to take apart."""
+    model = tiny_of_type("opt", do_layer_norm_before=False, word_embed_proj_dim=16)
+    with pytest.raises(StructureError, match=r"layer 0 \(OPTDecoderLayer\).*final_layer_norm"):
+        lmtt.load(model).trace(input_ids=prompt()[0].numpy())
+
+
+@pytest.mark.parametrize("name", sorted(NO_SDPA))
+def test_a_model_listed_without_sdpa_has_none(name: str) -> None:
+    with pytest.raises(ValueError, match="does not support"):
+        build(name, "sdpa", torch.float32)
