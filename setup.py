@@ -26,6 +26,11 @@ INSTRUCTIONS = {
         *("-mavx512f", "-mavx512dq", "-mfma", "-mbmi", "-mpopcnt"),
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     ],
+    "dequant_avx2.cpp": ["-mavx2", "-mf16c"],
+    "dequant_avx512.cpp": [
+        *("-mavx512f", "-mavx512dq"),
+        *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    ],
 }
 ON_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
