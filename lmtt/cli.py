@@ -1,4 +1,4 @@
-"""`lmtt trace`, `show`, `doctor`: arguments in, one call each, results on stdout, everything else on stderr.
+"""`lmtt trace`, `show`, `serve`, `doctor`: arguments in, one call each, results on stdout, others on stderr.
 
 Exit codes: 0 done; 2 anything the caller can act on (one line); 130 and 143 interrupted; 1 a defect of ours.
 """
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _trace_parser(commands)
     _show_parser(commands)
+    _serve_parser(commands)
     doctor = commands.add_parser("doctor", help="what this machine can run, and why not the rest")
     doctor.add_argument(
         "model", nargs="?", metavar="MODEL", help="also print this model's discovered structure"
@@ -143,6 +144,32 @@ def _show_parser(commands: Any) -> None:
     parser.add_argument("--html", metavar="FILE", help="write the route as one self-contained page")
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
     parser.set_defaults(run=_show)
+
+
+def _serve_parser(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="the dashboard, for browsers on this machine")
+    parser.add_argument(
+        "target", nargs="?", metavar="MODEL|RUN", help="what to trace with, or a stored run [the demo model]"
+    )
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="MODEL", help="one more model that may be used"
+    )
+    parser.add_argument("--port", type=int, default=5006, help="[%(default)s]; 0 takes a free one")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="let other machines in; needs a password and --allow-origin"
+    )
+    parser.add_argument("--password", help="asked of every browser; better given as LMTT_PASSWORD")
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="HOST:PORT", help="as browsers show it"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, help="of a prompt and its output [%(default)s]"
+    )
+    parser.add_argument("--max-queue", type=int, default=8, help="runs that may wait [%(default)s]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    parser.set_defaults(run=_serve)
 
 
 def _route_options(parser: argparse.ArgumentParser) -> None:
@@ -258,6 +285,25 @@ def _show(options: argparse.Namespace) -> None:
     trace = Trace(read_run(options.path, residual=False))
     position = -1 if options.position is None else options.position
     _deliver(trace, trace.route(position, options.threshold, options.renormalize), options)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from lmtt.viz.serve import Settings, serve
+
+    serve(
+        Settings(
+            options.target,
+            tuple(options.model),
+            options.host,
+            options.port,
+            tuple(options.allow_origin),
+            options.password or os.environ.get("LMTT_PASSWORD"),
+            options.max_tokens,
+            options.max_queue,
+            options.device,
+            options.dtype,
+        )
+    )
 
 
 def _doctor(options: argparse.Namespace) -> None:

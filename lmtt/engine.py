@@ -36,6 +36,7 @@ from lmtt.kernels.types import Choice
 from lmtt.lens.behaviour import NeuronPosition
 from lmtt.lens.head import Head, find_head, raw_scores
 from lmtt.lens.logit_attribution import LogitAttribution, LogitContributions
+from lmtt.lens.table import LensTable, lens_row, ranks
 from lmtt.run.data import Predictions, TraceData
 from lmtt.run.layout import Tail, assemble
 from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lmtt.generate import Generation
 
 KEPT_PREDICTIONS = 32
+PREDICTION_WORKSPACE = 16 << 20  # bytes; of all phases this one would hold the most, and gains nothing by it
 PROOF_TOKENS = 7
 EVERY_RUN = ("resid_mid", "resid_post")  # sums checked on every run; sublayers, on a model's first prompt
 REMEMBERED_LAYERS = 2  # captured layers held for further questions about them
@@ -320,7 +322,9 @@ class Engine:
         states = final(self.model, ids, hidden, calls)[0]
         k = min(KEPT_PREDICTIONS, head.weight.shape[0])
         options: dict[str, Any] = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
-        top, choice = registry.run("unembed_topk", states, head.weight, k, **options)
+        top, choice = registry.run(
+            "unembed_topk", states, head.weight, k, workspace=PREDICTION_WORKSPACE, **options
+        )
         return Predictions(
             top.indices.cpu().numpy().astype(np.int32),
             top.values.cpu().numpy().astype(np.float32),
@@ -639,11 +643,7 @@ class Engine:
 
     def lens(self, data: TraceData, layer: int, position: int, site: Site, k: int) -> list[TokenLogit]:
         """See `Trace.lens`."""
-        if site == "mid":
-            state = self._block(data, layer).mid.whole[position]
-        else:
-            state = self._state(data, layer + (site == "post"))[position]
-        logits = self._find_head().logits(state[None])[0]
+        logits = self._lens_logits(data, layer, position, site)
         if not 1 <= k <= len(logits):
             raise InputError("k is out of range", expected=f"1 to {len(logits)} tokens", got=k)
         value, index = torch.sort(logits, descending=True, stable=True)
@@ -652,6 +652,42 @@ class Engine:
             TokenLogit(self.token(int(i)), int(i), float(v), float(p))
             for i, v, p in zip(index[:k], value[:k], probability, strict=True)
         ]
+
+    def _lens_logits(self, data: TraceData, layer: int, position: int, site: Site) -> Tensor:
+        """[V]: the state at `site` through the model's own final norm, head and softcap."""
+        if site == "mid":
+            state = self._block(data, layer).mid.whole[position]
+        else:
+            state = self._state(data, layer + (site == "post"))[position]
+        return self._find_head().logits(state[None])[0]
+
+    def lens_ranks(
+        self, data: TraceData, layer: int, position: int, site: Site, tokens: Sequence[int]
+    ) -> list[int]:
+        """See `Trace.lens_ranks`."""
+        found: list[int] = ranks(self._lens_logits(data, layer, position, site)[None], list(tokens))[
+            0
+        ].tolist()
+        return found
+
+    def lens_table(
+        self, data: TraceData, layers: Sequence[int], positions: Sequence[int], target: int | None
+    ) -> LensTable:
+        """See `Trace.lens_table`."""
+        head, at = self._find_head(), list(positions)
+        rows = [lens_row(head, self._state(data, layer + 1)[at], target) for layer in layers]
+        ids = [row.token_id.tolist() for row in rows]
+
+        def stacked(name: str) -> Any:
+            return torch.stack([getattr(row, name) for row in rows]).cpu().numpy()
+
+        return LensTable(
+            tuple(layers), tuple(at), np.array(ids, np.int64),
+            tuple(tuple(self.token(i) for i in row) for row in ids),
+            stacked("probability"), stacked("entropy"),
+            None if target is None else stacked("target_probability"),
+            None if target is None else stacked("target_rank"),
+        )  # fmt: skip
 
     def promoted(
         self, data: TraceData, layer: int, position: int, part: Part, k: int, frozen: bool

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lmtt.graph.routes import Route
     from lmtt.lens.behaviour import HeadBehaviour, HeadPair, NeuronPosition, Of
     from lmtt.lens.logit_attribution import LogitContributions
+    from lmtt.lens.table import LensTable
     from lmtt.run.data import TraceData
     from lmtt.spans import Span, SpanShares, Unit
 
@@ -83,6 +84,12 @@ class Details(Protocol):
     def neurons(self, data: TraceData, layer: int, position: int, k: int) -> list[Neuron]: ...
     def neuron_positions(self, data: TraceData, layer: int, neuron: int, k: int) -> list[NeuronPosition]: ...
     def lens(self, data: TraceData, layer: int, position: int, site: Site, k: int) -> list[TokenLogit]: ...
+    def lens_table(
+        self, data: TraceData, layers: Sequence[int], positions: Sequence[int], target: int | None
+    ) -> LensTable: ...
+    def lens_ranks(
+        self, data: TraceData, layer: int, position: int, site: Site, tokens: Sequence[int]
+    ) -> list[int]: ...
     def promoted(
         self, data: TraceData, layer: int, position: int, part: Part, k: int, frozen: bool
     ) -> tuple[list[TokenScore], list[TokenScore]]: ...
@@ -311,6 +318,32 @@ class Trace:
         if site == "mid" and self._data.parallel[layer]:
             raise InputError(f"layer {layer} is a parallel block", expected="site pre or post", got="mid")
         return self._model("the logit lens").lens(self._data, layer, position, site, k)
+
+    def lens_table(
+        self,
+        layers: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        target: Token | None = None,
+    ) -> LensTable:
+        """The lens at the ends of layers: top token, its probability, entropy, and the target's rank.
+
+        layers, positions: all if None. One product with the unembedding for each layer.
+        """
+        details = self._model("the logit lens")
+        rows = range(self.n_layers) if layers is None else [self._layer(layer) for layer in layers]
+        at = range(len(self._data.tokens)) if positions is None else [self._position(p) for p in positions]
+        token = None if target is None else details.token_id(target)
+        return details.lens_table(self._data, list(rows), list(at), token)
+
+    def lens_ranks(self, layer: int, position: int, tokens: TokenList, site: Site = "post") -> list[int]:
+        """Where each of `tokens` ranks in the lens at `site`, the most probable being 0."""
+        if site not in ("pre", "mid", "post"):
+            raise InputError("unknown site", expected="pre, mid or post", got=repr(site))
+        details = self._model("the logit lens")
+        layer, position = self._layer(layer), self._position(position)
+        if site == "mid" and self._data.parallel[layer]:
+            raise InputError(f"layer {layer} is a parallel block", expected="site pre or post", got="mid")
+        return details.lens_ranks(self._data, layer, position, site, self._token_ids(tokens))
 
     def promoted(
         self, layer: int, position: int, part: Part, k: int = 10, norm: Literal["frozen"] | None = "frozen"

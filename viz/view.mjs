@@ -371,7 +371,7 @@ export class RouteView {
     this.strip.setAttribute("aria-hidden", "true");
     const foot = make("div", "rv-foot");
     this.legend = make("div", "rv-legend", "", foot);
-    make("span", "rv-keys", "drag to pan · click the graph, then turn the wheel to zoom · arrow keys, Enter, e, m, t, [ ]", foot);
+    make("span", "rv-keys", "drag pans · after a click the wheel zooms · keys: arrows, Enter, e, m, t, f, [ ], + −", foot);
     this.live = make("p", "rv-live");
     this.live.setAttribute("aria-live", "polite");
     this._pointer();
@@ -418,7 +418,7 @@ export class RouteView {
     });
     const { colours } = this;
     const items = [
-      make("attention (0.02 0.05 0.1 0.2 0.4)", lines(colours.attention, [0.8, 1.2, 1.8, 2.6, 3.6, 4.8]), 88),
+      make("attention 0.02 – 0.4", lines(colours.attention, [0.8, 1.2, 1.8, 2.6, 3.6, 4.8]), 88),
       make("MLP", (ctx) => colours.mlp.forEach((colour, n) => {
         const side = 4 + 1.2 * n;
         ctx.fillStyle = colour;

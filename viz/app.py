@@ -1,0 +1,375 @@
+"""The dashboard of one session: the form on the left, the route, what was asked about it beside.
+
+State is `state.State`; the panes read it and write it, and know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import panel as pn
+import panel_material_ui as pmui
+
+from lmtt.errors import LmttError
+from lmtt.trace import Trace
+from lmtt.viz import tables, theme, views
+from lmtt.viz.component import RouteView
+from lmtt.viz.details import Details
+from lmtt.viz.jobs import CancelledError, Run
+from lmtt.viz.script import source
+from lmtt.viz.state import Asked, Server, Shown, State, read_upload, saved
+from lmtt.viz.store import pack
+
+POLL = 0.1  # seconds between looks at a run's progress
+TABS = ("Details", "Logit lens", "Contrast", "Heads", "Output", "Cost", "Save")
+EXAMPLE = "When Mary and John went to the store, John gave a drink to"
+WIDE = {"sizing_mode": "stretch_width"}
+
+
+class Dashboard:
+    """One session's page."""
+
+    def __init__(self, server: Server, owner: str) -> None:
+        self.server = server
+        self.owner = owner
+        self.state = State()
+        self._run: Run[Shown] | None = None
+        self._css = theme.css(".lmtt") + source("dashboard.css")
+        self._form()
+        self.route = RouteView(sizing_mode="stretch_both", min_height=420)
+        self.details = Details(self.ask, self._css)
+        self._tabs()
+        self._wire()
+        self.page = self._page()
+        if server.first is not None:
+            self.state.show(Shown(server.first), keep=True)
+
+    def join(self) -> None:
+        """Tie state and session together: the address keeps the state, and who leaves stops their run."""
+        if pn.state.location is not None:
+            pn.state.location.sync(self.state, {n: n for n in ("threshold", "position", "picked")})
+        pn.state.on_session_destroyed(lambda _context: self.stop())
+
+    async def ask(self, question: Callable[[], Any]) -> Any:
+        """The answer of the worker's thread."""
+        return await asyncio.wrap_future(self.server.worker.ask(question))
+
+    # --- the form ---
+
+    def _form(self) -> None:
+        names = list(self.server.models.names)
+        self.model = pmui.Select(
+            label="Model", options=names, value=names[0] if names else None, margin=(16, 10, 5, 10), **WIDE
+        )
+        self.prompt = pmui.TextAreaInput(
+            label="Prompt", value=EXAMPLE if names else "", rows=4, max_rows=12, auto_grow=True, **WIDE
+        )
+        self.generate = pmui.IntInput(label="Output tokens to generate", value=0, start=0, end=256, **WIDE)
+        self.floor = pmui.Select(label="Keep edges above", options=[0.0001, 0.001, 0.01], value=0.001, **WIDE)
+        self.measure = pmui.Select(label="Measure", options=["l1", "l2"], value="l1", **WIDE)
+        self.special = pmui.Checkbox(label="Add the tokenizer’s special tokens", value=True)
+        self.options = pmui.Card(
+            self.generate, self.floor, self.measure, self.special,
+            title="Options", collapsed=True, elevation=0, outlined=True, margin=(5, 10), **WIDE,
+        )  # fmt: skip
+        self.button = pmui.Button(label="Trace", color="primary", variant="contained", **WIDE)
+        self.cancel = pmui.Button(label="Cancel", variant="outlined", visible=False, **WIDE)
+        self.progress = pmui.LinearProgress(
+            value=0, variant="determinate", visible=False, margin=(0, 10), **WIDE
+        )
+        self.message = self._html("")
+        self.recent = pmui.Select(label="Recent runs", options=[], visible=False, **WIDE)
+        self.upload = pn.widgets.FileInput(accept=".lmtt", multiple=False, **WIDE)
+        self.path = pmui.TextInput(label="or a run on this machine", placeholder="path, then Enter", **WIDE)
+
+    def _html(self, text: str) -> Any:
+        return pn.pane.HTML(f'<div class="lmtt">{text}</div>', stylesheets=[self._css], **WIDE)
+
+    def say(self, text: str) -> None:
+        """A sentence below the run button."""
+        self.message.object = f'<div class="lmtt" role="status">{tables.sentence(text) if text else ""}</div>'
+
+    async def run(self, *_: Any) -> None:
+        """Trace what the form holds; progress and trouble are said on the page."""
+        asked = Asked(
+            str(self.model.value or ""), self.prompt.value or "", int(self.generate.value or 0),
+            float(self.floor.value), str(self.measure.value), bool(self.special.value),
+        )  # fmt: skip
+        models, policy, worker = self.server.models, self.server.policy, self.server.worker
+        try:
+            if not models.names:
+                raise LmttError("this server has no model", remedy="start it with lmtt serve MODEL")
+            asked.check(policy)
+            run = worker.run(lambda report: asked.run(models, policy, report), self.owner)
+        except LmttError as error:
+            self.say(str(error))
+            return
+        self._run = run
+        self.button.disabled, self.cancel.visible, self.progress.visible = True, True, True
+        try:
+            while not run.result.done():
+                self._show_progress(run)
+                await asyncio.sleep(POLL)
+            shown = run.result.result()
+        except CancelledError:
+            self.say("The run was cancelled.")
+        except LmttError as error:
+            self.say(str(error))
+        except MemoryError:
+            self.say("The run needs more memory than there is; trace a shorter prompt.")
+        except Exception as error:  # a defect of ours; the session and the server live on
+            self.say(f"The run failed: {type(error).__name__}: {error}")
+            raise
+        else:
+            self.say("")
+            self.state.show(shown)
+        finally:
+            self._run = None
+            self.button.disabled, self.cancel.visible, self.progress.visible = False, False, False
+
+    def _show_progress(self, run: Run[Shown]) -> None:
+        ahead, (done, total) = self.server.worker.ahead(run), run.progress
+        if ahead:
+            self.progress.variant = "indeterminate"
+            self.say(f"Waiting: {ahead} run{'s' if ahead > 1 else ''} before yours.")
+        elif not total:
+            self.progress.variant = "indeterminate"
+            self.say("Preparing the model …")
+        else:
+            self.progress.variant, self.progress.value = "determinate", int(100 * done / total)
+            self.say(f"layer {done} of {total}")
+
+    def stop(self, *_: Any) -> None:
+        """Cancel the run that is going, before its next layer."""
+        if self._run is not None:
+            self._run.cancel()
+
+    async def open_upload(self, event: Any) -> None:
+        """Show a run file that the browser sent."""
+        if event.new:
+            name = str(self.upload.filename or "the file")
+            await self._open(lambda: read_upload(name, event.new, self.server.models.attach))
+
+    async def open_path(self, event: Any) -> None:
+        """Show a run on this machine; for servers that only this machine can reach."""
+        if event.new and self.server.policy.loopback:
+            from lmtt.run.reader import read_run
+
+            await self._open(lambda: Shown(self.server.models.attach(Trace(read_run(event.new)))))
+
+    async def _open(self, read: Callable[[], Shown]) -> None:
+        try:
+            shown = await asyncio.to_thread(read)
+        except LmttError as error:
+            self.say(f"This run cannot be opened: {error}")
+        else:
+            self.say("")
+            self.state.show(shown)
+
+    # --- tabs ---
+
+    def _tabs(self) -> None:
+        self.lens_shade = pmui.RadioButtonGroup(
+            options=["top token", "rank", "entropy"], value="top token", size="small", sx=_CHOICE
+        )
+        self.target = pmui.TextInput(label="target token", placeholder="predicted", size="small", **WIDE)
+        self.foil = pmui.TextInput(label="minus foil", placeholder="none", size="small", **WIDE)
+        self.per = pmui.RadioButtonGroup(
+            options=["the route", "the start alone"], value="the route", size="small", sx=_CHOICE
+        )
+        self.bodies = {name: pn.Column(name=name, **WIDE) for name in TABS[1:]}
+        self.files = self._downloads()
+        columns: dict[str, Any] = {
+            "Details": self.details.pane,
+            "Logit lens": pn.Column(self.lens_shade, self.bodies["Logit lens"], **WIDE),
+            "Contrast": pn.Column(pn.Row(self.target, self.foil, **WIDE), self.bodies["Contrast"], **WIDE),
+            "Heads": pn.Column(self.per, self.bodies["Heads"], **WIDE),
+            "Output": self.bodies["Output"],
+            "Cost": self.bodies["Cost"],
+            "Save": self.files,
+        }
+        self.tabs = pmui.Tabs(*columns.items(), dynamic=False, sx=_TABS, **WIDE)
+        self._fresh: dict[str, Any] = {}
+
+    def _downloads(self) -> Any:
+        def file(label: str, name: str, make: Callable[[], bytes]) -> Any:
+            def ready() -> io.BytesIO:
+                if self.state.trace is None:
+                    raise LmttError("there is no run yet", remedy="trace a prompt first")
+                return io.BytesIO(make())
+
+            return pmui.FileDownload(
+                callback=ready, filename=name, label=label, auto=True, embed=False, variant="outlined", **WIDE
+            )
+
+        def route() -> Any:
+            assert self.state.trace is not None
+            return self.state.trace.route(self.state.start, self.state.threshold)
+
+        def page() -> bytes:
+            from lmtt.viz.page import route_page
+
+            return route_page(route()).encode()
+
+        def csv() -> bytes:
+            from lmtt.graph.tables import route_csv
+
+            return route_csv(route()).encode("utf-8", "replace")
+
+        def document(make: Callable[[], Any]) -> Callable[[], bytes]:
+            return lambda: json.dumps(make(), ensure_ascii=False).encode("utf-8", "replace")
+
+        return pn.Column(
+            self._html(
+                tables.sentence(
+                    "The route as it is shown now, and the whole run. PNG and SVG: above the graph."
+                )
+            ),
+            file("One interactive page (HTML)", "route.html", page),
+            file("Route (JSON)", "route.json", document(lambda: route().to_json())),
+            file("Edges (CSV)", "route.csv", csv),
+            file(
+                "Neuronpedia graph (JSON)",
+                "route-neuronpedia.json",
+                document(lambda: route().to_neuronpedia()),
+            ),
+            file("The run (.lmtt)", "run.lmtt", lambda: saved(self.state.trace)),  # type: ignore[arg-type]
+            name="Save",
+            **WIDE,
+        )
+
+    async def refresh(self, *_: Any) -> None:
+        """Fill the tab that is looked at, if what it shows has changed since."""
+        name, state = TABS[self.tabs.active], self.state
+        trace = state.trace
+        if trace is None or name in ("Details", "Save"):
+            return
+        body, start, dark = self.bodies[name], state.start, state.dark
+        depends = {
+            "Logit lens": (start, self.lens_shade.value),
+            "Contrast": (start, self.target.value, self.foil.value),
+            "Heads": (start, self.per.value, state.threshold),
+            "Output": (),
+            "Cost": (),
+        }[name]
+        key = (trace, dark, depends)
+        if self._fresh.get(name) == key:
+            return
+        self._fresh[name] = key
+        body.loading = True
+        if not body.objects:
+            body[:] = [self._html(tables.sentence("Asking the model …"))]
+        try:
+            found = await self._tab(name, trace, start, dark)
+        except LmttError as error:
+            found = [self._html(tables.sentence(str(error)))]
+        finally:
+            body.loading = False
+        if self._fresh.get(name) == key:  # else somebody was quicker, and that call fills it
+            body[:] = found
+
+    async def _tab(self, name: str, trace: Trace, start: int, dark: bool) -> list[Any]:
+        match name:
+            case "Logit lens":
+                return await views.lens(
+                    trace, start, self.lens_shade.value, dark, self.ask, self._html, self.pick
+                )
+            case "Contrast":
+                target, foil = self.target.value or "", self.foil.value or ""
+                return await views.contrast(trace, start, target, foil, dark, self.ask, self._html)
+            case "Heads":
+                return await views.heads(trace, start, self.state.threshold, self.per.value, dark, self.pick)
+            case "Output":
+                return views.output(self.state.shown.generation, dark, self._html, self.pick)
+        return views.cost(trace, dark, self._html)
+
+    def pick(self, what: dict[str, Any]) -> None:
+        """As if it had been clicked in the graph."""
+        if what["kind"] == "trace":
+            self.state.position = what["position"]
+            return
+        self.state.picked = what
+        self.tabs.active = 0
+
+    # --- who tells whom ---
+
+    def _wire(self) -> None:
+        state, route = self.state, self.route
+        self.button.on_click(self.run)
+        self.cancel.on_click(self.stop)
+        self.upload.param.watch(self.open_upload, "value")
+        self.path.param.watch(self.open_path, "value")
+        self.recent.param.watch(self._again, "value")
+        for name in ("threshold", "position", "picked"):
+            route.link(state, **{name: name}, bidirectional=True)
+        state.param.watch(lambda e: setattr(route, "dark", e.new), "dark")
+        state.param.watch(self._shown, "shown")
+        state.param.watch(self._listed, "recent")
+        state.param.watch(self._picked, ["picked", "shown", "dark"])
+        state.param.watch(self.refresh, ["shown", "position", "threshold", "dark"])
+        self.tabs.param.watch(self.refresh, "active")
+        for widget in (self.lens_shade, self.target, self.foil, self.per):
+            widget.param.watch(self.refresh, "value")
+
+    def _shown(self, event: Any) -> None:
+        trace = event.new.trace
+        self.route.param.update(
+            store=pack(trace.data), threshold=self.state.threshold, position=self.state.start
+        )
+
+    def _listed(self, event: Any) -> None:
+        # Two runs of one prompt must stay two entries.
+        names = [f"{n + 1}. {shown.label}" for n, shown in enumerate(event.new)]
+        self.recent.param.update(options=dict(zip(names, event.new, strict=True)), value=self.state.shown)
+        self.recent.visible = len(event.new) > 1
+
+    def _again(self, event: Any) -> None:
+        if event.new is not None and event.new is not self.state.shown:
+            self.state.show(event.new)
+
+    async def _picked(self, *_: Any) -> None:
+        if self.state.picked and self.tabs.active != 0:
+            self.tabs.active = 0
+        await self.details.show(self.state.trace, self.state.picked, self.state.dark)
+
+    # --- the page ---
+
+    def _page(self) -> Any:
+        opens: list[Any] = [self._html("<h4>Open a run file (.lmtt)</h4>"), self.upload]
+        if self.server.policy.loopback:
+            opens.append(self.path)
+        form = [self.model, self.prompt, self.options, self.button, self.cancel, self.progress]
+        sidebar = (
+            [*form, self.message, self.recent, *opens]
+            if self.server.models.names
+            else [self.message, self.recent, *opens]
+        )
+        graph = pn.Column(self.route, sizing_mode="stretch_both", css_classes=["graph"], stylesheets=[_LEFT])
+        beside = pn.Column(
+            self.tabs,
+            css_classes=["beside"],
+            stylesheets=[_RIGHT],
+            scroll="y-auto",
+            sizing_mode="stretch_both",
+        )
+        page = pmui.Page(
+            title="lmtt · why did it say that?",
+            sidebar=sidebar,
+            sidebar_width=300,
+            main=[pn.Row(graph, beside, sizing_mode="stretch_both", styles=_MAIN)],
+            theme_config={"palette": {"primary": {"main": theme.LIGHT.attention[3]}}},
+        )
+        page.param.watch(lambda e: setattr(self.state, "dark", bool(e.new)), "dark_theme")
+        self.state.dark = bool(page.dark_theme)
+        return page
+
+
+_MAIN = {"height": "calc(100vh - 68px)", "padding": "10px", "gap": "10px"}
+_LEFT = ":host { flex: 1 1 56%; min-width: 460px; height: 100%; }"
+_TABS = {"& .MuiTab-root": {"minWidth": 0, "px": 1.3, "py": 0.5, "textTransform": "none", "minHeight": 40}}
+_CHOICE = {"& .MuiButtonBase-root": {"textTransform": "none", "whiteSpace": "nowrap", "py": 0.2}}
+_RIGHT = ":host { flex: 1 1 44%; min-width: 380px; height: 100%; overflow-x: hidden; }"

@@ -1,0 +1,28 @@
+"""The route view as a Panel component: the same JavaScript as in the exported page."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import param
+from panel.custom import JSComponent
+
+from lmtt.viz import theme
+from lmtt.viz.script import bundle, source
+
+
+class RouteView(JSComponent):  # type: ignore[misc] # panel ships no types
+    """A store (of `store.pack`) to be looked at; threshold, position and picked follow what a person does."""
+
+    store = param.Bytes(default=b"", doc="what is shown; empty for nothing")
+    threshold = param.Number(default=0.04, bounds=(0, 1))
+    position = param.Integer(default=-1, doc="the start; -1 is the last token")
+    picked = param.Dict(default={}, doc="what was clicked: {kind, layer, position, source, site}")
+    dark = param.Boolean(default=False)
+
+    _esm: ClassVar[str] = bundle("panel.js")
+    _stylesheets: ClassVar[list[Any]] = [
+        theme.css(".rv")
+        + source("view.css")
+        + ":host, .rv { height: 100%; } .rv { background: var(--card); }"
+    ]

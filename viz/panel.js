@@ -1,0 +1,58 @@
+// The route view as a Panel component. Only what came to rest goes to the server: start and threshold, a pick.
+import { unpack } from "./route.mjs";
+import { RouteView } from "./view.mjs";
+
+export function render({ model }) {
+  const root = document.createElement("div");
+  root.style.height = "100%";
+  let view = null, loading = 0;
+
+  const theme = () => {
+    root.dataset.theme = model.dark ? "dark" : "light";
+    view?.recolour();
+  };
+  const selected = () => {
+    if (!view) return;
+    const { kind } = model.picked;
+    if (JSON.stringify(view.selected && view.meaning(view.selected)) !== JSON.stringify(model.picked))
+      view.set({ selected: kind ? view.find(model.picked) : null });
+  };
+  const load = async () => {
+    const mine = ++loading;
+    view?.destroy();
+    view = null;
+    root.replaceChildren();
+    if (!model.store || !model.store.byteLength) {
+      const none = document.createElement("p");
+      none.className = "rv-none";
+      none.textContent = "No run is shown yet. Write a prompt and press Trace, or open a stored run.";
+      root.classList.add("rv");
+      root.append(none);
+      return;
+    }
+    const store = await unpack(model.store);
+    if (mine !== loading) return; // another run came in meanwhile
+    view = new RouteView(root, store, {
+      threshold: model.threshold,
+      position: model.position < 0 ? undefined : model.position,
+      tables: false, // the server's own files hold more
+      onState: (state) => Object.assign(model, state),
+      onPick: (picked) => { model.picked = picked; },
+    });
+    selected();
+    root.view = view; // for those who measure
+    root.dataset.ready = String(mine);
+  };
+  const state = () => {
+    if (view && (model.threshold !== view.threshold || model.position !== view.position))
+      view.set({ threshold: model.threshold, position: model.position });
+  };
+  model.on("store", load);
+  model.on("dark", theme);
+  model.on("threshold", state);
+  model.on("position", state);
+  model.on("picked", selected);
+  theme();
+  load();
+  return root;
+}

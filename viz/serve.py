@@ -1,0 +1,200 @@
+"""`lmtt serve`: who may connect, to what, and the server itself.
+
+1. Without `--host` only this machine can connect. Any other address needs a password and the origins that
+   pages may come from; files of this machine can then not be named from a browser, and nothing that a browser
+   says is ever a model to load: models are those that the command line lists.
+2. Every session has a `Dashboard` of its own; all share one `Worker`, hence one queue for the device.
+3. Scripts and styles come from this server alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmtt.errors import InputError, LmttError
+
+if TYPE_CHECKING:
+    from lmtt.viz.jobs import Worker
+    from lmtt.viz.state import Server
+
+LOOPBACK = "127.0.0.1"
+SHORTEST_PASSWORD = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asked for, checked by `check`."""
+
+    target: str | None = None  # a run or a model; None is the demo model
+    models: tuple[str, ...] = ()  # further ones
+    host: str = LOOPBACK
+    port: int = 5006
+    origins: tuple[str, ...] = ()
+    password: str | None = None
+    max_tokens: int = 4096
+    max_waiting: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def loopback(self) -> bool:
+        """Only this machine can reach the address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def check(self) -> None:
+        """InputError for anything that would serve more than was meant."""
+        if not 0 <= self.port < 65536:
+            raise InputError("the port is out of range", expected="0 to 65535", got=self.port)
+        if self.max_tokens < 1 or self.max_waiting < 0:
+            raise InputError(
+                "a limit is out of range", expected="--max-tokens 1 or more, --max-queue 0 or more"
+            )
+        if self.password is not None and len(self.password) < SHORTEST_PASSWORD:
+            raise InputError("the password is too short", expected=f"at least {SHORTEST_PASSWORD} characters")
+        if self.password is not None and Path(self.password).exists():
+            # Panel would take the file's content for a list of users.
+            raise InputError("the password is the name of a file here", remedy="choose another")
+        if any("*" in origin or "/" in origin for origin in self.origins):
+            raise InputError("an origin is HOST or HOST:PORT, without wildcards", got=" ".join(self.origins))
+        if self.loopback:
+            return
+        if self.password is None:
+            raise InputError(
+                f"serving on {self.host} lets other machines in, and no password is set",
+                remedy="set LMTT_PASSWORD or --password, or leave --host out and use an ssh tunnel",
+            )
+        if not self.origins:
+            raise InputError(
+                f"serving on {self.host} needs the address that browsers will show",
+                remedy="name it with --allow-origin HOST:PORT",
+            )
+
+    def allowed(self, port: int) -> list[str]:
+        """Origins of websockets that are accepted."""
+        own = [f"{name}:{port}" for name in ("localhost", LOOPBACK)] if self.loopback else []
+        return [*own, *self.origins]
+
+
+def serve(settings: Settings) -> None:
+    """Serve until interrupted."""
+    settings.check()
+    try:
+        import panel  # noqa: F401 - asked for by name before anything is loaded
+    except ImportError:
+        raise LmttError(
+            "the dashboard needs panel and bokeh, which are not installed",
+            remedy="pip install 'lmtt[dashboard]'",
+        ) from None
+    from lmtt.viz.jobs import Worker
+
+    worker = Worker(settings.max_waiting)
+    try:
+        server = listen(settings, _shared(settings, worker))
+        _announce(settings, f"http://{'localhost' if settings.loopback else settings.host}:{server.port}/")
+        server.io_loop.start()
+    finally:
+        worker.close()
+
+
+def listen(settings: Settings, shared: Server) -> Any:
+    """A server that has begun to listen, on the calling thread's event loop, which is not started.
+
+    Raises InputError if the address is taken.
+    """
+    import panel as pn
+
+    from lmtt.viz.app import Dashboard
+
+    pn.extension(notifications=True, reconnect=True)
+
+    def session() -> Any:
+        dashboard = Dashboard(shared, uuid.uuid4().hex)
+        dashboard.join()
+        return dashboard.page
+
+    options: dict[str, Any] = {}
+    if settings.password is not None:
+        options = {
+            "basic_auth": settings.password,
+            "cookie_secret": secrets.token_hex(32),  # new at every start: old sessions end with the server
+            "login_template": str(Path(__file__).with_name("login.html")),
+        }
+    port = settings.port or _free_port(settings.host)  # origins name the port, so it is known first
+    try:
+        server = pn.io.server.get_server(
+            {"/": session}, port=port, address=settings.host, title="lmtt",
+            websocket_origin=settings.allowed(port), keep_alive_milliseconds=20_000, **options,
+        )  # fmt: skip
+    except OSError as error:
+        raise InputError(
+            f"cannot serve on {settings.host}:{port}: {error.strerror}", remedy="choose another --port"
+        ) from None
+    server.start()
+    return server
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def _shared(settings: Settings, worker: Worker) -> Server:
+    """Models, policy and the first run."""
+    from lmtt.trace import Trace
+    from lmtt.viz.models import DEMO, Models
+    from lmtt.viz.state import Policy, Server
+
+    def load(name: str | None) -> Any:
+        import lmtt
+
+        return lmtt.load(name, device=settings.device, dtype=settings.dtype)
+
+    first = None
+    names = list(settings.models)
+    if settings.target is not None and is_run(settings.target):
+        from lmtt.run.reader import read_run
+
+        first = Trace(read_run(settings.target))
+    else:
+        names.insert(0, DEMO if settings.target is None else settings.target)
+    models = Models(names, load)
+    for name in names[:1]:
+        # Loaded before anybody connects: a model that cannot be loaded ends the command with one line.
+        worker.ask(lambda name=name: models.get(name)).result()
+    if first is not None:
+        first = models.attach(first)
+        if models.names and not first.has_model:
+            raise InputError(
+                f"{models.names[0]} did not make this run, or the run was kept light",
+                remedy="leave --model out to look at it without its model",
+            )
+    policy = Policy(settings.loopback, settings.max_tokens, settings.max_waiting)
+    return Server(models, worker, policy, first)
+
+
+def is_run(target: str) -> bool:
+    """A run directory or a packed run, rather than a model."""
+    path = Path(target)
+    return target.endswith(".lmtt") or (path / "run.json").is_file()
+
+
+def _announce(settings: Settings, address: str) -> None:
+    print(f"lmtt serves {address} (Ctrl-C ends it)", file=sys.stderr)
+    if settings.loopback and os.environ.get("SSH_CONNECTION"):
+        port = address.rstrip("/").rsplit(":", 1)[1]
+        print(f"from your own machine: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE", file=sys.stderr)
+    if settings.password is not None and not settings.loopback:
+        print("the password travels unencrypted unless a proxy with TLS is in front", file=sys.stderr)

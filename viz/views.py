@@ -1,0 +1,215 @@
+"""The tabs that look at a whole run: lens, contrast, heads, output and cost. Numbers come from the trace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import panel as pn
+
+from lmtt.graph.text import token_label, visible
+from lmtt.trace import Trace
+from lmtt.viz import figures, tables
+from lmtt.viz.details import NO_MODEL, Ask
+
+if TYPE_CHECKING:
+    from lmtt.generate import Generation
+
+LENS_POSITIONS = 40  # columns of the lens; of a longer prompt those before the start
+LENS_ROWS = 40
+LENS_STEP = 4  # layers to a question, so that others are answered in between
+PARTS = 14
+Html = Callable[[str], Any]
+Pick = Callable[[dict[str, Any]], None]
+
+
+def bokeh(figure: Any) -> Any:
+    """A figure in a pane as wide as there is room."""
+    return pn.pane.Bokeh(figure, sizing_mode="stretch_width")
+
+
+async def lens(
+    trace: Trace, position: int, shown: str, dark: bool, ask: Ask[Any], html: Html, pick: Pick
+) -> list[Any]:
+    """Layers × positions: the top token, shaded by probability, entropy or the rank of the choice."""
+    if not trace.has_model:
+        return [html(tables.sentence(f"{NO_MODEL} the logit lens."))]
+    T, L = len(trace.tokens), trace.n_layers
+    last = max(min(T, position + 1), min(T, LENS_POSITIONS))
+    positions = list(range(max(0, last - LENS_POSITIONS), last))
+    layers = sorted({round(x) for x in np.linspace(0, L - 1, min(L, LENS_ROWS))})
+    said = trace.next_tokens(position, 1)[0]
+    parts = []
+    for at in range(0, len(layers), LENS_STEP):
+        some = layers[at : at + LENS_STEP]
+        parts.append(await ask(lambda some=some: trace.lens_table(some, positions, said.id)))
+    words = [list(row) for part in parts for row in part.token]
+    columns = {
+        "probability": np.concatenate([p.probability for p in parts]),
+        "entropy": np.concatenate([p.entropy for p in parts]),
+        "rank": np.concatenate([p.target_rank for p in parts]),
+    }
+    label = token_label(said.token, 20)
+    p, rank = columns["probability"], columns["rank"]
+    choices = {
+        "top token": (p, "top token after each layer, shaded by its probability", 1.0, "attention"),
+        "entropy": (columns["entropy"], "top token, shaded by entropy (nats)", None, "mlp"),
+        "rank": (1 / (1 + rank), f"1 / rank of {label}: dark where it comes first", 1.0, "attention"),
+    }
+    shade, title, high, ramp = choices[shown]
+    narrow = len(positions) > 20
+    width = max(2, 52 // max(1, len(positions)))
+    extra = {
+        "says": [token_label(w, 40) for row in words for w in row],
+        "p": [f"{x:.4f}" for x in p.ravel()],
+        "entropy": [f"{x:.3f} nats" for x in columns["entropy"].ravel()],
+        f"rank of {label}".replace("{", "(").replace("}", ")"): [
+            f"{r + 1:,}" for r in columns["rank"].ravel()
+        ],
+    }
+    plot = figures.heat(
+        shade, dark, title=title, columns=[token_label(trace.tokens[p], 12) for p in positions],
+        rows=[f"{layer}" for layer in layers], extra=extra, high=high, ramp=ramp, row_height=18,
+        words=None if narrow else [[token_label(w, width) for w in row] for row in words],
+        picked=lambda r, c: pick(
+            {"kind": "node", "layer": layers[r], "site": "post", "position": positions[c]}
+        ),
+    )  # fmt: skip
+    left_out = f" Positions {positions[0]} to {positions[-1]} of {T}." if len(positions) < T else ""
+    return [bokeh(plot), html(tables.sentence(f"Click a cell for its whole list.{left_out}"))]
+
+
+async def contrast(
+    trace: Trace, position: int, target: str, foil: str, dark: bool, ask: Ask[Any], html: Html
+) -> list[Any]:
+    """What wrote the target's logit, or target minus foil: parts, layers × heads, layers."""
+    if not trace.has_model:
+        return [html(tables.sentence(f"{NO_MODEL} what wrote a logit."))]
+    best = trace.next_tokens(position, 2)
+    what = target or best[0].id
+    against = foil or None
+    found = await ask(lambda: trace.logit_contributions(what, against, position))
+    parts = found.top(PARTS)
+    top = max((abs(p.logit) for p in parts), default=1.0)
+    rows = [[f"{p.logit:+.3f}", tables.share(abs(p.logit), top), tables.safe(p.what)] for p in parts]
+    name = visible(found.name)
+    heading = f"logit of {name}: {found.logit:.3f}" + (" (target − foil)" if against else "")
+    mlps = found.neurons.sum(1, dtype=np.float64)
+    L, H = found.per_head.shape
+    plot = figures.heat(
+        found.per_head, dark, title="layers × heads: what each wrote towards it",
+        columns=[str(h) for h in range(H)], rows=[str(layer) for layer in range(L)], diverging=True,
+        row_height=11,
+    )  # fmt: skip
+    side = figures.heat(
+        mlps[:, None], dark, title="MLPs", columns=["MLP"], rows=[str(layer) for layer in range(L)],
+        diverging=True, row_height=11,
+    )  # fmt: skip
+    return [
+        html(f"<h4>{tables.safe(heading)}</h4>{tables.table(['logit', '', 'part'], rows, numbers=(0,))}"),
+        pn.Row(bokeh(plot), pn.pane.Bokeh(side, width=170), sizing_mode="stretch_width"),
+    ]
+
+
+async def heads(trace: Trace, position: int, threshold: float, per: str, dark: bool, pick: Pick) -> list[Any]:
+    """Layers × heads: kept contributions summed over the route, or over the edges into one position."""
+    H, L = int(trace.meta["model"]["n_heads"]), trace.n_layers
+    total = np.zeros((L, H))
+    strongest: dict[tuple[int, int], tuple[float, int, int]] = {}
+
+    def gather() -> None:
+        if per == "the route":
+            route = trace.route(position, threshold)
+            attention = route.edges[route.edges["kind"] == "attention"]
+            for e in attention:
+                span = route.heads[e["head_start"] : e["head_end"]]
+                np.add.at(total, (int(e["layer"]), span["head"]), span["weight"])
+                for head, weight in span.tolist():
+                    at = (int(e["layer"]), head)
+                    if weight > strongest.get(at, (0.0, 0, 0))[0]:
+                        strongest[at] = (weight, int(e["source_position"]), int(e["target_position"]))
+            return
+        kept = trace.data.edges
+        layer = np.repeat(np.arange(L), np.diff(kept.layer_ptr))
+        for r in np.flatnonzero(kept.destination == position):
+            span = slice(*kept.head_ptr[r : r + 2])
+            np.add.at(total, (layer[r], kept.head[span]), kept.head_weight[span])
+            for head, weight in zip(kept.head[span].tolist(), kept.head_weight[span].tolist(), strict=True):
+                at = (int(layer[r]), head)
+                if weight > strongest.get(at, (0.0, 0, 0))[0]:
+                    strongest[at] = (weight, int(kept.source[r]), position)
+
+    await asyncio.to_thread(gather)
+
+    def picked(layer: int, head: int) -> None:
+        if (layer, head) in strongest:
+            _, source, at = strongest[layer, head]
+            pick({"kind": "attention", "layer": layer, "source": source, "position": at})
+
+    plot = figures.heat(
+        total, dark, title="kept contributions, summed (click: strongest edge)",
+        columns=[str(h) for h in range(H)], rows=[str(layer) for layer in range(L)],
+        picked=picked, row_height=16,
+    )  # fmt: skip
+    return [bokeh(plot)]
+
+
+def output(generation: Generation | None, dark: bool, html: Html, pick: Pick) -> list[Any]:
+    """Generated tokens × what each rests on; a click traces that token."""
+    if generation is None:
+        return [html(tables.sentence("This run generated nothing. Ask for output tokens below the prompt."))]
+    P, trace = generation.prompt, generation.trace
+    labels = [token_label(token, 12) for token in trace.tokens]
+    shares = generation.shares
+    T = shares.shape[1]
+    text = f"<p>{tables.safe(generation.text)}</p>"
+    plot = figures.heat(
+        shares[::-1], dark, title="each generated token: what it rests on (rollout; click to trace it)",
+        columns=labels[:T], rows=labels[P:][::-1], row_height=17,
+        picked=lambda r, _c: pick({"kind": "trace", "position": P - 1 + len(generation.ids) - 1 - r}),
+    )  # fmt: skip
+    through = generation.through.tokens.mean(0)
+    order = np.argsort(-through, kind="stable")[:10]
+    rows = [
+        [tables.token(trace.tokens[p]), str(p), f"{through[p]:.1%}", tables.share(float(through[p]))]
+        for p in order
+    ]
+    listed = tables.table(["prompt token", "at", "share", ""], rows, numbers=(1, 2))
+    return [
+        html(f"<h4>output</h4>{text}"),
+        bokeh(plot),
+        html(f"<h4>what the whole output rests on in the prompt, through the output in between</h4>{listed}"),
+    ]
+
+
+def cost(trace: Trace, dark: bool, html: Html) -> list[Any]:
+    """Where this run's time and memory went, as it was measured."""
+    found = trace.cost
+    seconds = {k: float(v) for k, v in found.get("seconds", {}).items() if k != "total"}
+    order = sorted(seconds, key=lambda k: -seconds[k])
+    total = float(found.get("seconds", {}).get("total", sum(seconds.values())))
+    rows = [
+        [tables.safe(f"peak memory, {k}"), f"{v / 2**20:,.0f} MiB"]
+        for k, v in found.get("peak_bytes", {}).items()
+    ]
+    pairs = found.get("pairs", {})
+    if pairs:
+        rows.append(["pairs evaluated exactly", f"{pairs['evaluated']:,} of {pairs['positive']:,}"])
+    rows += [
+        [tables.safe(f"{op} by"), tables.safe(str(name))] for op, name in found.get("backend", {}).items()
+    ]
+    model = trace.meta.get("model", {})
+    rows += [
+        ["model", tables.safe(str(model.get("name", "?")))],
+        ["computed in", tables.safe(str(trace.meta.get("dtype", "?")))],
+        ["largest error bound of a share", f"{float(trace.certificate.max(initial=0)):.2e}"],
+        ["kept edges", f"{len(trace.data.edges.weight):,}"],
+    ]
+    views = [html(tables.table(["", ""], rows, numbers=(1,)))]
+    if order:
+        names = [f"{name} {seconds[name]:.3f} s" for name in order]
+        plot = figures.bars(names, np.array([seconds[k] for k in order]), dark, title=f"{total:.2f} s in all")
+        views.insert(0, bokeh(plot))
+    return views
