@@ -77,7 +77,7 @@ class AttentionTask:
     bias: Tensor | None = None  # [D] or [T, D]
     others: tuple[Tensor, ...] = ()  # each [T, D]: further parts, such as the MLP of a parallel block
     screen: float = 0.0  # pairs whose bound is <= screen * |whole|_1 keep their first-order value
-    max_certificate: float = 1.0  # rows that screening leaves less certain are evaluated again without it
+    max_certificate: float = 1.0  # rows less certain than this are evaluated again, with less or no screening
     keep: float | None = None  # also list pairs with share > keep on edges with share > keep
     measure: Measure = "l1"
     workspace: int = 64 << 20  # bytes that a backend may hold beyond inputs and results

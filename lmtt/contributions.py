@@ -31,7 +31,7 @@ from lmtt.kernels.types import (
 )
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, OpaqueWrite, Stage
 
-MAX_CERTIFICATE = 0.05  # rows that screening leaves less certain than this are evaluated again without it
+MAX_CERTIFICATE = 0.05  # rows less certain than this are evaluated again, with less or no screening
 
 
 ROW_SHARES = ("residual", "mlp", "passthrough", "bias", "opaque", "rest", "certificate")
