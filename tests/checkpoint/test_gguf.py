@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmtt.checkpoint.gguf import fast_reader, read_header
+from lmtt.checkpoint.gguf import read_header
+from lmtt.checkpoint.gguf_lend import fast_reader
 from lmtt.checkpoint.load import resolve
 from lmtt.errors import CheckpointError
 
