@@ -19,19 +19,22 @@ from torch import Tensor
 class TensorInfo:
     """One tensor of a checkpoint, known from headers alone.
 
-    `shape` is what `decode` returns, outermost first; `dtype` its element type, before any cast to the
-    model's. `nbytes` counts the raw bytes, which are whatever the format needs to decode this tensor (the
-    blocks, or a packed weight followed by its scales). `position` is (number of the file, offset of the first
-    raw byte) and orders reads as they lie on disk; `offset % 4096` is also the address, modulo a page, at
-    which a buffer takes the bytes without a copy by the kernel. `rows` says whether raw bytes are equally many
-    for every index of the first axis, one index after another, so that some of them can be read alone.
+    shape : of what `decode` gives, outermost axis first.
+    dtype : of its elements, before any cast to the model's.
+    nbytes : raw bytes, which are all that decoding needs: blocks, or a packed weight followed by its scales.
+    position : (number of the file, offset of the first raw byte). Orders reads as they lie on disk, and
+        `offset % 4096` is the address, modulo a page, at which a buffer can take the bytes directly.
+    plain : the raw bytes are the elements themselves, row-major; whoever has them needs no `decode`.
+    rows : raw bytes are equally many for every index of the first axis, one index after another, so that
+        a range of indices can be read and decoded alone.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     nbytes: int
     position: tuple[int, int]
-    rows: bool = True
+    plain: bool = False
+    rows: bool = False
 
 
 class WeightSource(Protocol):
@@ -48,20 +51,19 @@ class WeightSource(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor that has a weight's name; companions of quantised ones are part of their raw bytes."""
+        """Every weight; companions of a quantised one (scales, zeros) are part of its raw bytes."""
 
     def read_into(self, tensor: str, raw: memoryview, start: int = 0) -> None:
-        """Fill `raw` (uint8, writable) with the raw bytes from `start` on; exactly len(raw) of them.
+        """Fill `raw` (uint8, writable) with the raw bytes from `start` on: exactly len(raw) of them.
 
         CheckpointError, naming file and tensor, where the file ends early or cannot be read.
         """
 
-    def decode(self, tensor: str, raw: Tensor, rows: range | None = None) -> Tensor:
-        """The tensor of `raw` (uint8 [n], the CPU or a device): [*shape], or [len(rows), *shape[1:]].
+    def decode(self, tensor: str, raw: Tensor, out: Tensor, rows: range | None = None) -> None:
+        """Turn raw bytes (uint8 [n]) into elements, rounded once to out's dtype, on out's device.
 
-        rows : a contiguous range of the first axis whose raw bytes alone `raw` holds (`TensorInfo.rows`).
-
-        The result may share memory with `raw`, and is then valid for as long as that is.
+        out : [*shape], contiguous; with `rows`, a contiguous range of the first axis whose raw bytes alone
+            `raw` holds, [len(rows), *shape[1:]].
         """
 
     def close(self) -> None:
