@@ -230,7 +230,8 @@ def _blocks(values: Array) -> Array:
     size = -(-T // LARGEST_MAP)
     padded = np.pad(values, [(0, -T % size)] * 2)
     n = len(padded) // size
-    return padded.reshape(n, size, n, size).max((1, 3))
+    largest: Array = padded.reshape(n, size, n, size).max((1, 3))
+    return largest
 
 
 def _on_pick(source: Any, picked: Picked) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,3 +103,38 @@ def watched(chromium: Any) -> Iterator[Any]:
         one.check()
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def serving() -> Iterator[Any]:
+    """Starts a dashboard in a thread of its own: serving(models, first=None, **settings) -> address."""
+    pytest.importorskip("panel", reason="panel is not installed")
+    from lmtt.viz.jobs import Worker
+    from lmtt.viz.serve import Settings, listen
+    from lmtt.viz.state import Policy, Server
+
+    running: list[tuple[Any, threading.Thread, Worker]] = []
+
+    def start(models: Any, first: Any = None, policy: Policy | None = None, **settings: Any) -> str:
+        worker, ready = Worker(4), threading.Event()
+        found: list[Any] = []
+
+        def loop() -> None:
+            asyncio.set_event_loop(asyncio.new_event_loop())
+            shared = Server(models, worker, policy or Policy(), first)
+            found.append(listen(Settings(port=0, **settings), shared))
+            ready.set()
+            found[0].io_loop.start()
+
+        thread = threading.Thread(target=loop, daemon=True)
+        thread.start()
+        assert ready.wait(60)
+        running.append((found[0], thread, worker))
+        return f"http://127.0.0.1:{found[0].port}/"
+
+    yield start
+    for server, thread, worker in running:
+        server.io_loop.add_callback(server.stop)
+        server.io_loop.add_callback(server.io_loop.stop)
+        thread.join(20)
+        worker.close()

@@ -1,0 +1,230 @@
+"""The dashboard in a real browser: every click path, people kept apart, hostile text, no request outside."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from lmtt.graph.routes import route
+from lmtt.trace import Trace
+from lmtt.viz.models import DEMO, Models
+from lmtt.viz.state import Policy
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def traced(demo_engine):
+    """What the browser's own run is compared with."""
+    return demo_engine.trace(PROMPT)
+
+
+@pytest.fixture
+def models(demo_engine):
+    found = Models([DEMO], lambda name: demo_engine)
+    found.put(DEMO, demo_engine)
+    return found
+
+
+def no_models():
+    return Models([], lambda name: None)
+
+
+class Person:
+    """Somebody at a browser."""
+
+    def __init__(self, watched, address):
+        self.watched = watched()
+        self.page = self.watched.page
+        self.page.goto(address)
+        self.page.wait_for_selector(".rv", timeout=60_000)
+
+    def trace(self, prompt):
+        self.page.get_by_label("Prompt").fill(prompt)
+        self.page.get_by_role("button", name="Trace", exact=True).click()
+
+    def wait_for_graph(self):
+        self.page.wait_for_selector(".rv-canvas", timeout=60_000)
+        return self
+
+    def view(self, expression, argument=None):
+        return self.page.locator(".rv").evaluate(
+            f"(root, a) => {{ const v = root.view; return {expression} }}", argument
+        )
+
+    def pick(self, meaning):
+        """Click the glyph itself."""
+        script = """(() => {
+          const what = v.find(a), s = v.scene;
+          if (what.token !== undefined) return [s.x(v.columns.column[what.token]), s.frame.bottom + 18];
+          if (what.node !== undefined) return s._node(what.node);
+          const p = s.place(what.edge);
+          return p.x === undefined ? [(p.x0 + p.x1) / 2, (p.y0 + p.y1) / 2] : [p.x, p.y];
+        })()"""
+        x, y = self.view(script, meaning)
+        box = self.page.locator(".rv-canvas").bounding_box()
+        self.page.mouse.click(box["x"] + x, box["y"] + y)
+
+    def expect(self, text):
+        self.page.get_by_text(text).first.wait_for(timeout=60_000)
+
+    def tab(self, name):
+        self.page.get_by_role("tab", name=name).click()
+
+
+@pytest.mark.model
+def test_every_click_path(watched, serving, models, traced, tmp_path):
+    """A prompt of one's own, each kind of click, each tab, and the page that can be mailed."""
+    one = Person(watched, serving(models))
+    one.trace(PROMPT)
+    one.wait_for_graph()
+    found = route(traced.data, -1, 0.04)
+    one.expect(f"{len(found.edges):,} edges above 0.04")
+
+    between = found.edges[(found.edges["kind"] == "attention") & (found.edges["layer"] > 10)]
+    between = between[between["source_position"] != between["target_position"]][0]
+    layer, source, position = (int(between[n]) for n in ("layer", "source_position", "target_position"))
+    one.pick({"kind": "attention", "layer": layer, "source": source, "position": position})
+    one.expect("what head")
+    strongest = int(traced.heads(layer, source=source, destination=position).argmax())
+    one.expect(f"what head {strongest} says by reading")
+    said = traced.promoted(layer, position, ("head", strongest, source), k=1)[0][0]
+    one.expect(f"{said.score:+.3f}")
+    assert one.page.locator(".bk-Figure").count() == 3, "bars and two maps"
+
+    one.pick({"kind": "mlp", "layer": 29, "position": 4})
+    best = traced.neurons(29, 4, k=1)[0]
+    one.expect("its top neurons")
+    one.expect(f"{best.contribution:.4f}")
+
+    one.pick({"kind": "node", "layer": 29, "site": "post", "position": 4})
+    one.expect("the model would say here")
+    one.expect(f"{traced.lens(29, 4, k=1)[0].probability:.1%}")
+
+    one.pick({"kind": "token", "position": 3})
+    one.expect("received: strongest attention edges into it")
+
+    one.tab("Logit lens")
+    one.expect("Click a cell for its whole list.")
+    one.tab("Contrast")
+    logit = traced.logit_contributions(traced.next_tokens(k=1)[0].id).logit
+    one.expect(f"{logit:.3f}")
+    one.tab("Heads")
+    one.page.locator(".bk-Figure").last.wait_for()
+    one.tab("Cost")
+    one.expect("pairs evaluated exactly")
+    one.tab("Save")
+    with one.page.expect_download() as download:
+        one.page.get_by_role("button", name="One interactive page").click()
+    text = Path(download.value.path()).read_text("utf-8")
+    (tmp_path / "mailed.html").write_text(text, "utf-8")
+    mailed = watched(offline=True).page
+    mailed.goto((tmp_path / "mailed.html").as_uri())
+    mailed.wait_for_selector("html[data-ready]")
+    assert mailed.evaluate("lmtt.view.selection.count(0.04)") == len(found.edges)
+
+    # The address holds the state; a start elsewhere is traced at once.
+    one.view("v.trace(2)")
+    one.page.wait_for_url("**position=2**")
+    one.expect(f"{len(route(traced.data, 2, 0.04).edges):,} edges above 0.04")
+
+
+@pytest.mark.model
+def test_one_person_sees_nothing_of_another_and_waits_in_no_line_to_look(watched, serving, models):
+    address = serving(models)
+    one, other = Person(watched, address), Person(watched, address)
+    one.trace("my secret is 4711")
+    one.wait_for_graph()
+    one.trace("my secret is 4711 " * 20)  # goes on while the other looks around
+    other.expect("No run is shown yet")
+    other.tab("Cost")
+    other.tab("Details")
+    assert "4711" not in other.page.content()
+    assert other.page.get_by_text("4711").count() == 0
+    one.page.get_by_role("button", name="Cancel").click()
+    one.expect("The run was cancelled.")
+    other.trace("Hello")
+    other.wait_for_graph()
+
+
+@pytest.mark.model
+def test_trouble_is_a_sentence_and_the_server_lives_on(watched, serving, models, tmp_path):
+    one = Person(watched, serving(models, policy=Policy(max_tokens=20)))
+    one.trace("")
+    one.expect("the prompt is empty")
+    one.trace("too long " * 40)
+    one.expect("prompt and output are too long for this server")
+    (tmp_path / "broken.lmtt").write_bytes(b"\xff" * 300)
+    one.page.locator("input[type=file]").set_input_files(tmp_path / "broken.lmtt")
+    one.expect("This run cannot be opened")
+    one.trace("A good prompt")
+    one.wait_for_graph()
+
+
+def test_a_slider_move_sends_next_to_nothing(watched, serving, hostile_trace):
+    one = watched()
+    sent = []
+    one.page.on("websocket", lambda socket: socket.on("framesent", lambda payload: sent.append(len(payload))))
+    one.page.goto(serving(no_models(), Trace(hostile_trace)))
+    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    one.page.wait_for_timeout(800)
+    sent.clear()
+    for value in ("-1.6", "-1.2", "-0.9", "-1.1"):
+        one.page.locator(".rv-slider").fill(value)
+    one.page.wait_for_timeout(1000)
+    assert 0 < sum(sent) < 4000, "a few hundred bytes once it came to rest"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_hostile_tokens_are_shown_harmlessly_everywhere(watched, serving, hostile_trace, scheme):
+    one = watched(color_scheme=scheme)
+    page = one.page
+    page.goto(serving(no_models(), Trace(hostile_trace)))
+    page.wait_for_selector(".rv-canvas", timeout=60_000)
+    for position in (0, 5, 9, 10):
+        page.locator(".rv").evaluate(
+            "(root, p) => root.view.options.onPick({kind: 'token', position: p})", position
+        )
+        page.get_by_text("received: strongest").wait_for()
+        page.wait_for_timeout(150)
+    for tab in ("Logit lens", "Contrast", "Heads", "Output", "Cost"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(250)
+    assert page.title() != "owned"
+    assert page.evaluate("document.querySelectorAll('img[src=x]').length") == 0
+    assert "\u202e" not in page.content()
+
+
+def test_a_hostile_address_is_no_more_than_a_wrong_one(watched, serving, hostile_trace):
+    address = serving(no_models(), Trace(hostile_trace))
+    one = watched()
+    picked = json.dumps({"kind": "attention", "layer": 10**12, "source": -5, "position": "<img src=x>"})
+    one.page.goto(f"{address}?threshold=7&position=-99&picked={picked}")
+    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    again = watched()
+    again.page.goto(f"{address}?threshold=0.2&position=3")
+    again.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    state = again.page.locator(".rv").evaluate("(root) => [root.view.threshold, root.view.position]")
+    assert state == [0.2, 3]
+
+
+def test_a_password_is_asked_and_nothing_is_there_without_it(watched, serving, hostile_trace):
+    address = serving(no_models(), Trace(hostile_trace), password="correct horse")
+    one = watched()
+    one.page.goto(address)
+    one.page.get_by_label("Password").fill("wrong horse")
+    one.page.get_by_role("button", name="Enter").click()
+    one.page.get_by_text("Invalid").wait_for()
+    assert one.page.locator(".rv").count() == 0
+    socket = urllib.request.Request(f"{address}ws", headers={"Upgrade": "websocket", "Connection": "Upgrade"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(socket, timeout=10)
+    assert refused.value.code in (400, 401, 403)
+    one.page.get_by_label("Password").fill("correct horse")
+    one.page.get_by_role("button", name="Enter").click()
+    one.page.wait_for_selector(".rv-canvas", timeout=60_000)

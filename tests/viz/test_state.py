@@ -1,0 +1,248 @@
+"""What the dashboard lets through, keeps and shares, without a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from lmtt.errors import InputError, LmttError
+from lmtt.graph.routes import RouteGraph, reveal
+from lmtt.graph.testing import random_trace
+from lmtt.trace import Trace
+from lmtt.viz.serve import Settings, is_run
+from lmtt.viz.store import pack, page_floor
+
+pn = pytest.importorskip("panel", reason="panel is not installed")
+from lmtt.viz.app import Dashboard  # noqa: E402 - after the check for panel
+from lmtt.viz.jobs import Worker  # noqa: E402
+from lmtt.viz.models import Models  # noqa: E402
+from lmtt.viz.state import Asked, Policy, Server, Shown, State, read_upload, saved  # noqa: E402
+
+
+def unpacked(store):
+    raw = zlib.decompress(store)
+    (length,) = struct.unpack("<I", raw[:4])
+    head = json.loads(raw[4 : 4 + length])
+    kinds = {"f4": np.float32, "u4": np.uint32, "u2": np.uint16, "u1": np.uint8}
+    columns = {name: np.frombuffer(raw, kinds[kind], n, at) for name, kind, n, at in head["columns"]}
+    return head, columns
+
+
+# --- the store ---
+
+
+@pytest.mark.parametrize("parallel", [(False, False), (True, False, True)])
+def test_the_store_holds_every_edge(parallel):
+    data = random_trace(3, tokens=6, parallel=parallel)
+    graph = RouteGraph.from_trace(data)
+    head, columns = unpacked(pack(data))
+    assert head["left"] == 0
+    assert np.array_equal(columns["weight"], graph.weight)
+    assert np.array_equal(columns["source"], graph.source % 6)
+    block = np.repeat(columns["sumBlock"], np.diff(columns["sumPtr"].astype(np.int64)))
+    assert np.array_equal(block * 6 + columns["target"], graph.target)
+
+
+def test_too_many_edges_leave_the_strongest_and_say_from_which_share():
+    data = random_trace(3, tokens=20, parallel=(False,) * 6)
+    graph = RouteGraph.from_trace(data)
+    head, columns = unpacked(pack(data, most=200))
+    assert len(columns["weight"]) <= 200
+    assert head["left"] == len(graph.weight) - len(columns["weight"])
+    assert columns["weight"].min() > head["floor"] == page_floor(graph.weight, 200)
+    # What was left out changes no route above that share.
+    full = reveal(graph, 19)
+    kept = graph.weight > np.float32(head["floor"])
+    assert not (full[~kept] > np.float32(head["floor"])).any()
+
+
+def test_a_huge_token_is_clipped(hostile_trace):
+    head, _ = unpacked(pack(hostile_trace))
+    assert max(len(token) for token in head["token"]) <= 160
+    assert not any("\x00" in token or "\u202e" in token for token in head["token"])
+
+
+# --- serving safely ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"host": "0.0.0.0"}, "no password is set"),
+        ({"host": "0.0.0.0", "password": "long enough"}, "--allow-origin"),
+        ({"host": "192.168.1.4", "origins": ("a:1",)}, "no password is set"),
+        ({"host": "example.org", "origins": ("a:1",)}, "no password is set"),
+        ({"host": "0.0.0.0", "password": "short", "origins": ("a:1",)}, "too short"),
+        ({"origins": ("*",)}, "without wildcards"),
+        ({"port": 70000}, "port is out of range"),
+        ({"max_tokens": 0}, "limit is out of range"),
+    ],
+)
+def test_what_would_serve_more_than_was_meant_is_refused(settings, complaint):
+    with pytest.raises(InputError, match=complaint):
+        Settings(**settings).check()
+
+
+def test_a_password_that_names_a_file_is_refused(tmp_path):
+    (tmp_path / "users.json").write_text("{}")
+    with pytest.raises(InputError, match="name of a file"):
+        Settings(password=str(tmp_path / "users.json")).check()
+
+
+def test_this_machine_alone_is_the_default():
+    Settings().check()
+    assert Settings().loopback
+    assert Settings(host="::1").loopback
+    assert set(Settings().allowed(5006)) == {"localhost:5006", "127.0.0.1:5006"}
+    open_ = Settings(host="0.0.0.0", password="long enough", origins=("lab.example:5006",))
+    open_.check()
+    assert open_.allowed(5006) == ["lab.example:5006"], "nobody's localhost is an origin of an open server"
+
+
+def test_a_run_is_told_from_a_model(tmp_path):
+    Trace(random_trace(1)).save(tmp_path / "run")
+    assert is_run(str(tmp_path / "run"))
+    assert is_run("somewhere.lmtt")
+    assert not is_run("org/model")
+    assert not is_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        (Asked("m", ""), "prompt is empty"),
+        (Asked("m", "\x00"), "prompt is empty"),
+        (Asked("m", "x" * 200_001), "too long for this page"),
+        (Asked("m", "x", generate=-1), "output tokens"),
+        (Asked("m", "x", generate=10_000), "output tokens"),
+        (Asked("m", "x", floor=0.0), "floor is out of range"),
+        (Asked("m", "x", floor=float("nan")), "floor is out of range"),
+    ],
+)
+def test_a_form_is_checked_before_a_model_is_asked(asked, complaint):
+    with pytest.raises(InputError, match=complaint):
+        asked.check(Policy())
+
+
+def test_only_listed_models_are_loaded():
+    loaded = []
+    models = Models(["a", "b"], lambda name: loaded.append(name) or name)
+    with pytest.raises(InputError, match="not on this server's list"):
+        models.get("../../etc/passwd")
+    assert models.get("b") == "b"
+    assert loaded == ["b"]
+
+
+def test_a_model_that_fails_to_load_is_a_sentence():
+    def broken(name):
+        raise OSError("disk on fire")
+
+    with pytest.raises(LmttError, match="a could not be loaded: OSError: disk on fire"):
+        Models(["a"], broken).get("a")
+
+
+# --- runs that come and go ---
+
+
+def test_a_saved_run_can_be_opened_again():
+    trace = Trace(random_trace(4))
+    shown = read_upload("x.lmtt", saved(trace), lambda t: t)
+    assert shown.trace.tokens == trace.tokens
+    assert np.array_equal(shown.trace.data.edges.weight, trace.data.edges.weight)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x00" * 64, b"\xff" * 1000])
+def test_a_broken_file_is_a_sentence(content):
+    with pytest.raises(LmttError):
+        read_upload("<b>.lmtt", content, lambda t: t)
+
+
+def test_a_state_keeps_what_a_link_gave_only_for_the_first_run():
+    state = State(threshold=0.2, position=2, picked={"kind": "token", "position": 1})
+    state.show(Shown(Trace(random_trace(4))), keep=True)
+    assert (state.threshold, state.start, state.picked["kind"]) == (0.2, 2, "token")
+    state.show(Shown(Trace(random_trace(5))))
+    assert (state.start, state.picked) == (4, {})
+    assert [len(state.recent), state.recent[0] is state.shown] == [2, True]
+
+
+# --- a session without a browser ---
+
+
+@pytest.fixture
+def server():
+    made = Server(Models([], lambda name: None), Worker(2), Policy(), Trace(random_trace(4)))
+    yield made
+    made.worker.close()
+
+
+def shown_text(pane):
+    return " ".join(str(found.object) for found in pane.select(pn.pane.HTML))
+
+
+def test_sessions_share_nothing(server):
+    one, other = Dashboard(server, "a"), Dashboard(server, "b")
+    one.state.param.update(threshold=0.3, position=1, picked={"kind": "token", "position": 1})
+    one.state.show(Shown(Trace(random_trace(7, tokens=3))))
+    assert other.state.threshold == 0.04
+    assert other.state.picked == {}
+    assert len(other.state.recent) == 1
+    assert other.route.store == pack(server.first.data)
+    assert not {id(x) for x in one.page.select()} & {id(x) for x in other.page.select()}
+
+
+@pytest.mark.parametrize(
+    "picked",
+    [
+        {"kind": "attention", "layer": 0, "source": 0, "position": 0},
+        {"kind": "mlp", "layer": 0, "position": 2},
+        {"kind": "node", "layer": 1, "site": "post", "position": 2},
+        {"kind": "token", "position": 2},
+        {"kind": "opaque", "layer": 0, "position": 1},
+        {"kind": "attention", "layer": 99, "source": 0, "position": 0},
+        {"kind": "node", "layer": "x"},
+        {"kind": "<script>"},
+        {"position": 10**9},
+    ],
+)
+def test_every_pick_fills_the_details_without_a_model(server, picked):
+    dashboard = Dashboard(server, "a")
+    asyncio.run(dashboard.details.show(server.first, picked, False))
+    assert len(shown_text(dashboard.details.pane)) > 20
+    assert not dashboard.details.pane.loading
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_tab_fills_without_a_model(server, dark):
+    dashboard = Dashboard(server, "a")
+    dashboard.state.dark = dark
+    for index, name in enumerate(("Logit lens", "Contrast", "Heads", "Output", "Cost"), 1):
+        dashboard.tabs.active = index
+        asyncio.run(dashboard.refresh())
+        assert len(dashboard.bodies[name]), name
+    assert "opened without its model" in shown_text(dashboard.bodies["Logit lens"])
+
+
+def test_files_of_this_machine_can_be_named_on_this_machine_only(server, tmp_path):
+    Trace(random_trace(7, tokens=3)).save(tmp_path / "other")
+    far = Server(server.models, server.worker, Policy(loopback=False), server.first)
+    for given, tokens in ((server, 3), (far, 5)):
+        dashboard = Dashboard(given, "a")
+
+        class Event:
+            new = str(tmp_path / "other")
+
+        asyncio.run(dashboard.open_path(Event))
+        assert len(dashboard.state.trace.tokens) == tokens
+        assert (dashboard.path in dashboard.page.select()) == (given is server)
+
+
+def test_a_run_without_a_model_is_a_sentence(server):
+    dashboard = Dashboard(server, "a")
+    asyncio.run(dashboard.run())
+    assert "this server has no model" in str(dashboard.message.object)
