@@ -131,6 +131,9 @@ def _trace_parser(commands: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing RUN")
     parser.add_argument("--html", metavar="FILE", help="write the route as one self-contained page")
     parser.add_argument(
+        "--opaque", action="store_true", help="let sublayers in that cannot be taken apart, as one part"
+    )
+    parser.add_argument(
         "--allow-nonfinite", action="store_true", help="go on if weights hold NaN or infinity"
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
@@ -241,6 +244,7 @@ def _trace(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             backend=options.backend,
             allow_nonfinite=options.allow_nonfinite,
+            opaque=options.opaque,
         )
         common: dict[str, Any] = {
             "chat": prompt if isinstance(prompt, list) else None,

@@ -11,7 +11,7 @@ Nothing here knows a model; the definitions are in kernels/proximity/README.md a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,17 @@ from lmtt.kernels.types import (
     NeuronResult,
     NeuronTask,
 )
-from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, OpaqueWrite, Stage
+from lmtt.structure.capture import side_by_side
+from lmtt.structure.spec import (
+    AttentionWrite,
+    CapturedLayer,
+    CapturedWrite,
+    MlpWrite,
+    OpaqueWrite,
+    Stage,
+)
 
-MAX_CERTIFICATE = 0.05  # rows less certain than this are evaluated again, with less or no screening
+MAX_CERTIFICATE = 0.05  # rows that screening leaves less certain than this are evaluated again without it
 
 
 ROW_SHARES = ("residual", "mlp", "passthrough", "bias", "opaque", "rest", "certificate")
@@ -96,11 +104,37 @@ def as_block(layer: CapturedLayer) -> Block:
             f"layer {layer.index} has {count} attentions in {len(layer.stages)} sums",
             expected="one attention, in the first sum",
         )
-    mid, later = layer.stages[0], layer.stages[1:]
+    mid, later = _one_mlp(layer.stages[0]), layer.stages[1:]
     if not later:
         return Block(mid, None)
-    writes = tuple(write for stage in later for write in stage.writes)
-    return Block(mid, Stage(base=mid.whole, whole=layer.stages[-1].whole, writes=writes))
+    base, writes = mid.whole, list[CapturedWrite]()
+    for stage in later:
+        if stage.carry is not None:  # what lies before this sum is rescaled with the stream
+            base = base * stage.carry
+            writes = [_rescaled(write, stage.carry) for write in writes]
+        writes += stage.writes
+    return Block(mid, _one_mlp(Stage(base=base, whole=layer.stages[-1].whole, writes=tuple(writes))))
+
+
+def _one_mlp(stage: Stage) -> Stage:
+    """Several MLPs of one block are one, their neurons one after the other's."""
+    mlps = [write for write in stage.writes if isinstance(write, MlpWrite)]
+    if len(mlps) < 2:
+        return stage
+    others = [write for write in stage.writes if not isinstance(write, MlpWrite)]
+    return replace(stage, writes=(*others, side_by_side(mlps)))
+
+
+def _rescaled(write: CapturedWrite, carry: Tensor) -> CapturedWrite:
+    """A write times the stream's own factor, [] or [D]."""
+    written = write.written * carry
+    if isinstance(write, OpaqueWrite):
+        return replace(write, written=written)
+    bias = None if write.bias is None else write.bias * carry
+    if isinstance(write, MlpWrite):
+        return replace(write, w_down=write.w_down * carry, bias=bias, written=written)
+    attention = replace(write.attention, w_o=write.attention.w_o * carry)
+    return replace(write, attention=attention, bias=bias, written=written)
 
 
 def attention_task(block: Block, settings: Settings, *, screen: float, keep: float | None) -> AttentionTask:

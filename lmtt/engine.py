@@ -43,6 +43,7 @@ from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
 from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
+from lmtt.structure.opaque import admit, whole_sublayers
 from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, LayerStructure, MlpWrite
 from lmtt.structure.verify import Closure, check_closure
@@ -102,12 +103,13 @@ class Prompt:
 class Engine:
     """A model, ready to be traced. The model itself is left exactly as it was found."""
 
-    def __init__(self, loaded: Loaded, backend: str = "auto") -> None:
+    def __init__(self, loaded: Loaded, backend: str = "auto", opaque: bool = False) -> None:
         check_backend(backend)
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self._facts = loaded.facts
         self._backend = backend
+        self._opaque = opaque  # let in what is not understood, as one part
         _, self._layers = find_layers(self.model)
         self._structures: dict[Any, LayerStructure] = {}
         self._proved = False  # the full closure check runs on the first prompt
@@ -281,6 +283,7 @@ class Engine:
                 clock.lap("discovery")
                 given, call = hidden, calls.calls[index]
                 hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
+                log.whole += whole_sublayers(captured)
                 clock.lap("forward")
                 for closure in check_closure(captured, full=not self._proved):
                     log.closure[closure.sublayer] = max(log.closure.get(closure.sublayer, 0.0), closure.error)
@@ -347,6 +350,7 @@ class Engine:
             "backends": {
                 op: {"name": c.backend, "reason": c.reason} for op, c in sorted(log.choices.items())
             },
+            **({"whole_sublayers": log.whole} if log.whole else {}),
             "closure": {**{sum_: log.closure.get(sum_, 0.0) for sum_ in EVERY_RUN}, "checksum": log.checksum},
             "versions": {
                 "lmtt": __version__,
@@ -503,7 +507,9 @@ class Engine:
         )
         if key not in self._structures:
             call = calls.calls[index]
-            self._structures[key] = discover_layer(layer, hidden, call.args, call.kwargs, index=index)
+            given = (hidden, call.args, call.kwargs)
+            found = discover_layer(layer, *given, index=index, opaque=self._opaque)
+            self._structures[key] = admit(layer, found, index, *given) if self._opaque else found
         return self._structures[key]
 
     def structures(self) -> list[ProvedLayer]:
@@ -776,6 +782,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     allow_nonfinite: bool = False,
+    opaque: bool = False,
 ) -> Engine:
     """Load a model to be traced.
 
@@ -786,6 +793,8 @@ def load(
     device : "auto" (the first CUDA device, else the CPU), "cpu", "cuda", "cuda:N"; a loaded model stays put.
     dtype : "auto" (float32 on the CPU, the checkpoint's own on CUDA) or a floating dtype.
     backend : "auto" or a name that `lmtt doctor` lists; an explicit one works or raises.
+    opaque : let a sublayer that cannot be taken apart in as one part, named in `Trace.whole_sublayers`;
+        without it such a model is refused.
 
     Raises
     ------
@@ -801,13 +810,13 @@ def load(
             "type": loaded_already.config.model_type,
             "checkpoint": fingerprint_weights(model),
         }
-        return Engine(Loaded(model, tokenizer, facts["name"], facts), backend)
+        return Engine(Loaded(model, tokenizer, facts["name"], facts), backend, opaque)
     where = parse_device(device)
     kind = parse_dtype(dtype, where)
     loaded = read_checkpoint(resolve(model), device=where, dtype=kind, allow_nonfinite=allow_nonfinite)
     if tokenizer is not None:
         loaded = Loaded(loaded.model, tokenizer, loaded.name, loaded.facts)
-    return Engine(loaded, backend)
+    return Engine(loaded, backend, opaque)
 
 
 def open(path: str | PathLike[str], *, engine: Engine | None = None) -> Trace:
@@ -855,8 +864,21 @@ def _name_of(model: nn.Module) -> str:
     return Path(name).name or type(model).__name__
 
 
+class _PlainConfig:
+    """A configuration whose values that differ from layer to layer read as the first layer's."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return getattr(self._config, name)
+        except RuntimeError:
+            return getattr(self._config.per_layer_config[0], name)
+
+
 def _info(loaded: Loaded, layers: nn.ModuleList) -> Info:
-    config = loaded.model.config.get_text_config()
+    config = _PlainConfig(loaded.model.config.get_text_config())
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     width = int(config.hidden_size)
     embedding = loaded.model.get_input_embeddings().weight
@@ -902,6 +924,7 @@ class _Log:
         self.closure: dict[str, float] = {}
         self.checksum = 0.0
         self.choices: dict[str, Choice] = {}
+        self.whole: list[dict[str, Any]] = []  # sublayers that are one part
         self.pairs_evaluated = self.pairs_positive = self.neurons_evaluated = self.rows_reevaluated = 0
 
     def add(self, index: int, shares: Any, tolerance: float) -> None:

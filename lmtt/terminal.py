@@ -7,7 +7,7 @@ hand. Every string of a prompt or vocabulary goes through `visible` and into a `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
@@ -55,6 +55,7 @@ def _parts(trace: Trace, route: Route, by: str, generation: Generation | None) -
     values = summed(shares.tokens, spans)
     model = visible(str(data.meta["model"]["name"]))
     yield Text.assemble((model, "bold"), f"  {len(data.parallel)} layers, {len(data.tokens)} tokens")
+    yield from _whole(data.meta.get("whole_sublayers", []))
     yield Text("")
     if len(data.tokens) <= SHOWN_TOKENS:
         yield shaded(spans, values, route.position)
@@ -78,6 +79,16 @@ def _parts(trace: Trace, route: Route, by: str, generation: Generation | None) -
     if neurons is not None:
         yield _heading("strongest neurons", f"at {quoted(data.tokens[route.position])} [{route.position}]")
         yield neurons
+
+
+def _whole(sublayers: Sequence[dict[str, Any]]) -> Iterator[Text]:
+    """One line for each kind of sublayer that was not taken apart."""
+    kinds = dict.fromkeys((s["kind"], s["sublayer"], s["reason"]) for s in sublayers)
+    for kind, sublayer, reason in kinds:
+        alike = {"kind": kind, "sublayer": sublayer, "reason": reason}
+        layers = [s["layer"] for s in sublayers if {**s, **alike} == s]
+        where = f"{len(layers)} layers" if len(layers) > 1 else f"layer {layers[0]}"
+        yield Text(f"one part in {where}: {sublayer} ({kind}, {visible(reason)})", "yellow")
 
 
 def shaded(spans: Sequence[Span], values: F64, position: int) -> Text:

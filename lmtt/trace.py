@@ -171,6 +171,11 @@ class Trace:
         return self._data.meta
 
     @property
+    def whole_sublayers(self) -> list[dict[str, Any]]:
+        """Sublayers that are one part: layer, sublayer, kind (mixer, opaque) and reason of each."""
+        return list(self._data.meta.get("whole_sublayers", []))
+
+    @property
     def cost(self) -> dict[str, Any]:
         """Seconds, bytes and backends of this run, as measured."""
         return self._data.cost

@@ -11,6 +11,7 @@ The document, `lmtt.route/1`:
 | predictions | the ten most probable next tokens at the position: token, id, probability |
 | nodes | id, layer (-1 for embeddings), position, kind, rest, certificate |
 | edges | source, target, kind, layer, weight, reveal, heads: [head, weight]; strongest reveal first |
+| whole_sublayers | sublayers that are one part: layer, sublayer, kind (mixer, opaque), reason |
 | cost | what was measured: seconds, peak_bytes, backend |
 
 `rest` is the share of the attention edges into a node that the trace did not keep, `certificate` the bound
@@ -100,6 +101,7 @@ def route_json(route: Route) -> dict[str, Any]:
             }
             for source, target, kind, layer, _, _, weight, revealed, first, last in route.edges.tolist()
         ],
+        "whole_sublayers": meta.get("whole_sublayers", []),
         "cost": dict(trace.cost),
     }
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmtt.errors import InputError
+from lmtt.errors import InputError, StructureError
 from lmtt.graph.text import visible
 from lmtt.kernels.directional_attention.reference import Block, against, attention_pattern, project
 from lmtt.kernels.numerics import compute_dtype, ieee_matmul
@@ -196,6 +196,11 @@ class LogitAttribution:
         neurons: list[Tensor] = []
         sums = {"attention": np.zeros(n), "mlp": np.zeros(n), "opaque": np.zeros(n)}
         for stage in layer.stages:
+            if stage.carry is not None:
+                factor = self._rescale(stage.carry)
+                heads = None if heads is None else heads * factor
+                neurons = [values * factor for values in neurons]
+                sums = {name: values * factor for name, values in sums.items()}
             for write in stage.writes:
                 if isinstance(write, AttentionWrite):
                     pairs = self._pairs(write.attention)
@@ -254,6 +259,21 @@ class LogitAttribution:
             )
             results[target] = replace(parts, total=_total(parts))
         return results
+
+    def _rescale(self, carry: Tensor) -> float:
+        """A layer that multiplies the stream multiplies all that was added to it before; by how much.
+
+        Raises StructureError for a factor per channel: it turns the direction that was asked along.
+        """
+        if carry.numel() != 1:
+            raise StructureError(
+                "logits cannot be attributed: a layer multiplies the stream channel by channel",
+                expected="layers that add to it, or multiply it by one number",
+            )
+        factor = float(carry)
+        self._embed = self._embed * factor
+        self._layers = [_Layer(*(values * factor for values in layer)) for layer in self._layers]
+        return factor
 
     def _along(self, update: Tensor) -> Values:
         """<update, r> of an update [D] at the position, [n]."""

@@ -175,10 +175,13 @@ def _recorded(attend: Callable[..., Any]) -> Callable[..., Any]:
 class WatchAttention(TorchFunctionMode):
     """Send sdpa calls and softmax(...) @ v products made outside the registry to `sink`.
 
-    Products are recognised by lineage: the left operand is a softmax's output, perhaps cast or reshaped.
+    Products are recognised by lineage: the left operand is a softmax's output, perhaps cast, reshaped or
+    masked once more.
     """
 
-    _SAME = frozenset({"to", "type_as", "float", "half", "bfloat16", "double", "view", "reshape", "dropout"})
+    _FOLLOWS = frozenset(
+        {"to", "type_as", "float", "half", "bfloat16", "double", "view", "reshape", "dropout", "masked_fill"}
+    )
 
     def __init__(self, sink: Sink) -> None:
         super().__init__()
@@ -199,7 +202,7 @@ class WatchAttention(TorchFunctionMode):
             self._sink(_sdpa_call(output, *args, **kwargs))
         elif not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
             return output
-        elif name == "softmax" or (name in self._SAME and key_of(args[0]) in self._softmax):
+        elif name == "softmax" or (name in self._FOLLOWS and key_of(args[0]) in self._softmax):
             self._softmax[key_of(output)] = output
         elif name in {"matmul", "__matmul__", "bmm"} and key_of(args[0]) in self._softmax:
             self._sink(

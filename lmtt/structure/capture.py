@@ -1,42 +1,42 @@
 """Run one layer once and keep what its writes are made of.
 
-1. Hooks go on just the modules that discovery named; the attention function is recorded as it is called.
+1. Hooks go on just the modules that discovery named; the attention function is recorded as it is called,
+   and factors at the very calls that multiply by them.
 2. The layer runs with the arguments of the dry run: the same call, the same bits.
 3. Each write becomes a record of parts: q, k, v and W_O by head; activations and W_down; or one opaque
-   tensor. Scalar multipliers, per-token factors and post-norms held at this run's statistics go into
-   `row_scale`, the folded weights and the bias, so that the parts still add up to what was written.
+   tensor. Factors and norms on the way to the stream go into `row_scale`, the folded weights and the bias,
+   so that the parts still add up to what was written.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lmtt.errors import StructureError
 from lmtt.kernels.types import Attention
-from lmtt.structure.attention_hook import (
-    AttentionCall,
-    WatchAttention,
-    default_scale,
-    plain_mask,
-    recording,
-)
-from lmtt.structure.experts import expert_parts
-from lmtt.structure.lineage import Key, key_of
-from lmtt.structure.modules import LinearisedNorm, linear_bias, linear_weight, linearise_norm
+from lmtt.structure.attention_hook import AttentionCall, WatchAttention, recording
+from lmtt.structure.discover import not_understood
+from lmtt.structure.experts import ExpertParts, expert_parts, packed_parts
+from lmtt.structure.heads import WatchBetween, assemble_heads
+from lmtt.structure.modules import linear_bias, linear_weight
+from lmtt.structure.path import LinearParts, Passage, WatchSites, norms_of, sites_of
 from lmtt.structure.spec import (
     AttentionWrite,
     CapturedLayer,
     CapturedWrite,
     LayerStructure,
     MlpWrite,
+    Norm,
     OpaqueWrite,
+    Site,
     Stage,
+    Step,
     Write,
 )
 
@@ -64,7 +64,7 @@ def capture_layer(
     seen = _Seen()
     before = hidden._version if not hidden.is_inference() else None
     with torch.no_grad(), ExitStack() as stack:
-        _hook(layer, structure, seen, stack)
+        _hook(layer, structure, seen, hidden.numel(), stack)
         output = layer(hidden, *args, **(kwargs or {}))
     if before is not None and hidden._version != before:
         raise StructureError(
@@ -90,61 +90,15 @@ class _Seen:
     arguments: dict[str, list[Tensor]] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     calls: list[AttentionCall] = field(default_factory=list)
-    originals: dict[str, Tensor] = field(default_factory=dict)  # outputs as returned, for their identity
-    factors: dict[Key, Tensor] = field(default_factory=dict)  # by the identity of what they multiply
+    sites: dict[Site, tuple[Any, ...]] = field(default_factory=dict)  # arguments of the calls there
+    products: dict[Site, Tensor] = field(default_factory=dict)  # what batched products returned
+    between: WatchBetween | None = None  # what lies between the attention and its linear map
 
 
-class _WatchFactors(TorchFunctionMode):
-    """Note what the captured outputs are multiplied by, through views, copies and casts of them."""
-
-    _SAME = frozenset({"reshape", "view", "contiguous", "to", "float", "type_as", "transpose", "flatten"})
-
-    def __init__(self, seen: _Seen) -> None:
-        super().__init__()
-        self._seen = seen
-        self._copies: dict[Key, tuple[Key, Tensor]] = {}  # tensors are held so that no address is reused
-
-    def _source(self, tensor: Any) -> Key | None:
-        """Identity of the captured output that this tensor shows, or None."""
-        if not isinstance(tensor, Tensor):
-            return None
-        key = key_of(tensor)
-        held = [*self._seen.originals.values(), *(call.output for call in self._seen.calls)]
-        if any(key == key_of(other) for other in held):
-            return key
-        return self._copies[key][0] if key in self._copies else None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in {"mul", "__mul__", "__rmul__"} and len(args) == 2 and isinstance(args[1], Tensor):
-            for one, other in (args, args[::-1]):
-                source = self._source(one)
-                if source is not None and isinstance(other, Tensor):
-                    self._seen.factors.setdefault(source, torch.broadcast_to(other, one.shape))
-        output = func(*args, **(kwargs or {}))
-        if name in self._SAME and isinstance(output, Tensor):
-            source = self._source(args[0])
-            if source is not None:
-                self._copies[key_of(output)] = (source, output)
-        return output
-
-
-def _factor(seen: _Seen, output: Tensor, where: str) -> Tensor:
-    factor = seen.factors.get(key_of(output))
-    if factor is None:
-        raise StructureError(
-            f"{where}: its output was not multiplied by a gate this time",
-            remedy="discover this layer's structure again",
-        )
-    return factor
-
-
-def _hook(layer: nn.Module, structure: LayerStructure, seen: _Seen, stack: ExitStack) -> None:
-    names = (
-        {w.module for w in structure.writes} | {w.post_norm for w in structure.writes} | set(structure.sums)
-    )
+def _hook(layer: nn.Module, structure: LayerStructure, seen: _Seen, size: int, stack: ExitStack) -> None:
+    paths = [*(write.path for write in structure.writes), *structure.carries]
+    norms = {norm for path in paths for norm in norms_of(path)}
+    returning = norms | {write.module for write in structure.writes}
     modules = dict(layer.named_modules())
 
     def before(name: str) -> Any:
@@ -159,213 +113,218 @@ def _hook(layer: nn.Module, structure: LayerStructure, seen: _Seen, stack: ExitS
     def after(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, (tuple, list)) else output
-            seen.originals[name] = tensor
             # A copy: some models add the next sublayer onto this very tensor.
             seen.outputs[name] = tensor.clone()
 
         return hook
 
-    for name in sorted(n for n in names if n is not None):
+    for name in sorted(n for n in returning | set(structure.sums) if n is not None):
         if name not in modules:
-            continue  # a parameter added by itself
+            continue  # a parameter
         stack.callback(modules[name].register_forward_pre_hook(before(name), with_kwargs=True).remove)
-        if any(name in (w.module, w.post_norm) for w in structure.writes):
+        if name in returning:
             stack.callback(modules[name].register_forward_hook(after(name)).remove)
+    sites = {site for path in paths for site in sites_of(path)}
+    sites |= {write.product for write in structure.writes if write.product is not None}
+    if sites:
+        watch = stack.enter_context(WatchSites(layer, size, sites))
+        seen.sites, seen.products = watch.arguments, watch.products
+    for write in structure.writes:
+        if write.through and write.module is not None:
+            seen.between = stack.enter_context(WatchBetween(layer, write.module))
+
+    def sink(call: AttentionCall) -> None:
+        seen.calls.append(call)
+        if seen.between is not None:
+            seen.between.mark(call.output)
+
     if structure.attention_source == "registry":
-        stack.enter_context(recording(seen.calls.append))
+        stack.enter_context(recording(sink))
     elif structure.attention_source is not None:
-        stack.enter_context(WatchAttention(seen.calls.append))
-    if any(w.factor or w.gated for w in structure.writes):
-        stack.enter_context(_WatchFactors(seen))
+        stack.enter_context(WatchAttention(sink))
 
 
 def _assemble(
     layer: nn.Module, structure: LayerStructure, index: int, before: Tensor, after: Tensor, seen: _Seen
 ) -> CapturedLayer:
+    reader = _Reader(layer, structure, index, before.shape, seen)
     stages = []
     base = before
     for number in range(structure.stages):
+        carry = reader.carry(structure.carries[number]) if structure.carries else None
+        base = base if carry is None else base * carry
         here = [write for write in structure.writes if write.stage == number]
-        writes = [_captured(layer, write, index, before.shape, seen) for write in here]
+        named = [write for write in here if write.module is not None]
+        writes = reader.writes(named)
+        probe = None if number == structure.stages - 1 else structure.sums[number]
         if number == structure.stages - 1:
             whole = after
+        elif probe is not None:
+            whole = seen.inputs[probe].reshape(base.shape)
+        elif len(named) == len(here):
+            # Nothing is given this sum as it is: form it as the layer did, write by write.
+            whole = base
+            for write in writes:
+                whole = whole + write.written
         else:
-            probe = structure.sums[number]
-            if probe is not None:
-                whole = seen.inputs[probe].reshape(base.shape)
-            else:  # nothing is given this sum as it is: form it as the layer did, write by write
-                whole = base
-                for write in writes:
-                    whole = whole + write.written
-        if any(write.kind == "experts" for write in here):
-            writes = _side_by_side(here, writes)
-        stages.append(Stage(base, whole, tuple(writes)))
+            raise not_understood(layer, index, None, here[-1].note)
+        if len(named) < len(here):  # what no module returned is the rest of the sum
+            rest = whole - base
+            for write in writes:
+                rest = rest - write.written
+            note = next(write.note for write in here if write.module is None)
+            writes.append(OpaqueWrite(rest, "opaque", note))
+        stages.append(Stage(base, whole, tuple(writes), carry))
         base = whole
     return CapturedLayer(index, tuple(stages))
 
 
-def _side_by_side(here: list[Write], writes: list[CapturedWrite]) -> list[CapturedWrite]:
-    """One MLP of the routed experts and the shared ones beside them: the shared neurons come last."""
-    routed = [w for what, w in zip(here, writes, strict=True) if what.kind == "experts"]
-    shared = [w for what, w in zip(here, writes, strict=True) if what.kind != "experts"]
-    mlps = [w for w in routed + shared if isinstance(w, MlpWrite)]
-    if len(mlps) < 2 or not isinstance(routed[0], MlpWrite):
-        return writes
+def side_by_side(mlps: list[MlpWrite]) -> MlpWrite:
+    """Several MLPs as one, their neurons one after the other's."""
+    if len(mlps) == 1:
+        return mlps[0]
     act = [w.act if w.row_scale is None else w.act * w.row_scale[:, None] for w in mlps]
     biases = [w.bias for w in mlps if w.bias is not None]
-    together = MlpWrite(
+    return MlpWrite(
         act=torch.cat(act, 1),
         w_down=torch.cat([w.w_down for w in mlps]),
         bias=torch.stack([b.broadcast_to(mlps[0].written.shape) for b in biases]).sum(0) if biases else None,
         row_scale=None,
         written=torch.stack([w.written for w in mlps]).sum(0),
     )
-    return [w for w in writes if not isinstance(w, MlpWrite)] + [together]
 
 
-def _captured(layer: nn.Module, write: Write, index: int, shape: torch.Size, seen: _Seen) -> CapturedWrite:
-    if write.module is None:
-        raise StructureError(
-            f"layer {index} adds a tensor that no module returned",
-            expected="a sublayer's output",
-            got=write.note,
+class _Reader:
+    """One run's tensors become records of parts."""
+
+    def __init__(
+        self, layer: nn.Module, structure: LayerStructure, index: int, shape: torch.Size, seen: _Seen
+    ) -> None:
+        self._layer, self._structure, self._index = layer, structure, index
+        self._shape, self._seen = shape, seen
+        paths = [norms_of(write.path) for write in structure.writes]
+        terms = Counter(norm for path in paths for norm in path)
+        self._passage = Passage(layer, f"layer {index}", seen.sites, seen.inputs, seen.outputs, terms)
+
+    def carry(self, path: tuple[Step, ...]) -> Tensor | None:
+        """What the stream itself is multiplied by in one stage, [] or [D]."""
+        carry: Tensor | float | None = None
+        for step in path:
+            assert not isinstance(step, Norm)
+            factor = self._passage.factor(step, self._shape)
+            carry = factor if carry is None else carry * factor
+        return carry if carry is None or isinstance(carry, Tensor) else torch.tensor(carry)
+
+    def writes(self, here: list[Write]) -> list[CapturedWrite]:
+        """The writes of one stage; constants go to the bias of its attention, else of its MLP."""
+        named = [write for write in here if write.kind != "constant"]
+        captured = [self._write(write) for write in named]
+        if any(write.kind == "experts" for write in named):
+            # One MLP of the routed experts and the shared ones beside them, whose neurons come last.
+            pairs = sorted(zip(named, captured, strict=True), key=lambda pair: pair[0].kind != "experts")
+            mlps = [write for _, write in pairs if isinstance(write, MlpWrite)]
+            captured = [write for write in captured if not isinstance(write, MlpWrite)]
+            captured += [side_by_side(mlps)] if mlps else []
+        for write in here:
+            if write.kind == "constant":
+                constant = self._constant(write)
+                at = _home_of_constants(captured)
+                if at is None:
+                    captured.append(OpaqueWrite(constant.expand(self._shape), "constant", "a parameter"))
+                else:
+                    home = captured[at]
+                    assert not isinstance(home, OpaqueWrite)
+                    bias = constant if home.bias is None else home.bias + constant
+                    captured[at] = replace(home, bias=bias, written=home.written + constant)
+        return captured
+
+    def _write(self, write: Write) -> CapturedWrite:
+        assert write.module is not None
+        where = f"layer {self._index}, {write.module}"
+        try:
+            return self._taken_apart(write, where)
+        except StructureError as error:
+            if not self._structure.opaque:
+                raise
+            # The caller lets it in: its output is still known.
+            return OpaqueWrite(self._passed(write, where).written, "opaque", str(error), write.module)
+
+    def _passed(self, write: Write, where: str) -> LinearParts:
+        """What a write added, with nothing said of its parts."""
+        return self._passage.apply(LinearParts(None, None, None, self._returned(write, where)), write.path)
+
+    def _returned(self, write: Write, where: str) -> Tensor:
+        """What the write's module returned, [T, D]."""
+        if write.product is not None and write.product in self._seen.sites:
+            return self._seen.products[write.product].sum(0).reshape(self._shape)
+        if write.module not in self._seen.outputs:
+            raise StructureError(
+                f"{where} did not run",
+                expected="the modules that discovery saw",
+                remedy="discover this layer's structure again",
+            )
+        return self._seen.outputs[write.module].reshape(self._shape)
+
+    def _taken_apart(self, write: Write, where: str) -> CapturedWrite:
+        if write.kind in ("mixer", "opaque"):
+            return OpaqueWrite(self._passed(write, where).written, write.kind, write.note, write.module or "")
+        returned = self._returned(write, where)
+        if write.kind == "experts":
+            experts = self._experts(write, returned)
+            if isinstance(experts, str):
+                raise not_understood(self._layer, self._index, write.module, experts)
+            act, weight, bias = experts.act, experts.w_down, experts.bias
+        else:
+            assert write.module is not None
+            module = self._layer.get_submodule(write.module)
+            act = self._seen.inputs[write.module].reshape(self._shape[0], -1)
+            weight = linear_weight(module, act.dtype, act.device, act.shape[1])
+            bias = linear_bias(module)
+        if write.kind == "attention":
+            attention = self._attention(write, where, weight)
+            H, E = attention.w_o.shape[:2]
+            parts = LinearParts(attention.w_o.flatten(0, 1), bias, None, returned)
+            parts = self._passage.apply(parts, write.path)
+            assert parts.weight is not None
+            w_o = parts.weight.unflatten(0, (H, E))
+            return AttentionWrite(replace(attention, w_o=w_o, row_scale=parts.row), parts.bias, parts.written)
+        parts = self._passage.apply(LinearParts(weight, bias, None, returned), write.path)
+        assert parts.weight is not None
+        return MlpWrite(act, parts.weight, parts.bias, parts.row, parts.written)
+
+    def _experts(self, write: Write, returned: Tensor) -> ExpertParts | str:
+        assert write.module is not None
+        if write.product is not None:
+            return packed_parts(*self._seen.sites[write.product])
+        return expert_parts(
+            self._layer.get_submodule(write.module), self._seen.arguments[write.module], returned
         )
-    where = f"layer {index}, {write.module}"
-    if write.module in dict(layer.named_parameters()):
-        written = layer.get_parameter(write.module).expand(shape) * write.scale
-        return OpaqueWrite(written, write.kind, write.note)
-    returned = write.post_norm or write.module
-    if returned not in seen.outputs:
-        raise StructureError(
-            f"{where} did not run",
-            expected="the modules that discovery saw",
-            remedy="discover this layer's structure again",
-        )
-    written = seen.outputs[returned].reshape(shape)
-    row: Tensor | None = None
-    if write.scale != 1.0:
-        written = written * write.scale
-        row = written.new_full(shape[:1], write.scale)
-    if write.factor:
-        factor = _factor(seen, seen.originals[returned], where).reshape(shape)[:, :1].to(written.dtype)
-        written = written * factor
-        row = factor[:, 0] if row is None else row * factor[:, 0]
-    if write.kind not in ("attention", "mlp", "experts"):
-        return OpaqueWrite(written, write.kind, write.note)
 
-    module = layer.get_submodule(write.module)
-    if write.kind == "experts":
-        parts = expert_parts(module, seen.arguments[write.module], seen.outputs[write.module].reshape(shape))
-        if isinstance(parts, str):
-            return OpaqueWrite(written, "experts", parts)
-        act, weight, bias = parts.act, parts.w_down, parts.bias
-    else:
-        act = seen.inputs[write.module].reshape(shape[0], -1)
-        weight = linear_weight(module, act.dtype, act.device, act.shape[1])
-        bias = linear_bias(module)
-    if write.post_norm is not None:
-        given = seen.inputs[write.post_norm].reshape(shape)
-        norm = linearise_norm(
-            layer.get_submodule(write.post_norm), given, seen.outputs[write.post_norm].reshape(shape), where
-        )
-        weight, bias, row = _through_norm(norm, weight, bias, row, write)
-    elif bias is not None and row is not None:
-        bias = row[:, None] * bias if write.factor else bias * write.scale
-    if write.kind in ("mlp", "experts"):
-        return MlpWrite(act=act, w_down=weight, bias=bias, row_scale=row, written=written)
-    attention = _attention(write, where, act, weight, seen)
-    return AttentionWrite(replace(attention, row_scale=row), bias, written)
+    def _attention(self, write: Write, where: str, weight: Tensor) -> Attention:
+        """The attention calls whose output reached the linear map, with W_O split by head."""
+        calls = self._seen.calls
+        if len(calls) <= max(write.calls):
+            raise StructureError(
+                f"{where}: the attention function ran {len(calls)} times",
+                expected=f"at least {max(write.calls) + 1}",
+                remedy="discover this layer's structure again",
+            )
+        chosen = [calls[number] for number in write.calls]
+        between = self._seen.between if write.through else None
+        return assemble_heads(chosen, weight, self._shape[0], where, between)
+
+    def _constant(self, write: Write) -> Tensor:
+        """A parameter added by itself, after the steps on its way, [D] or [T, D]."""
+        assert write.module is not None
+        parameter = self._layer.get_parameter(write.module)
+        parts = LinearParts(None, None, None, parameter.detach().expand(self._shape))
+        return self._passage.apply(parts, write.path).written
 
 
-def _through_norm(
-    norm: LinearisedNorm, weight: Tensor, bias: Tensor | None, outer: Tensor | None, write: Write
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(weight, bias, row_scale) of outer * norm(inner_scale * (act @ weight + bias))."""
-    row = norm.row * write.inner_scale
-    row = row if outer is None else row * outer
-    folded = norm.fold(weight)
-    parts: Tensor | None = None
-    if bias is not None:
-        parts = row[:, None] * norm.fold(bias)
-    if norm.shift is not None:
-        shift = norm.shift if outer is None else outer[:, None] * norm.shift
-        parts = shift if parts is None else parts + shift
-    return folded, parts, row
-
-
-def _attention(write: Write, where: str, act: Tensor, weight: Tensor, seen: _Seen) -> Attention:
-    """The attention call whose output reached the linear map, with w_o split by head."""
-    if len(seen.calls) != 1:
-        raise StructureError(f"{where}: the attention function ran {len(seen.calls)} times", expected="once")
-    call = seen.calls[0]
-    T = act.shape[0]
-    if call.probabilities is not None:
-        return _from_probabilities(call, weight, T, where)
-    assert call.query is not None
-    assert call.key is not None
-    q, k, v = call.query[0], call.key[0, :, :T], call.value[0, :, :T]
-    H, E_v = q.shape[0], v.shape[-1]
-    w_o = _by_head(weight, H, E_v, where)
-    gate = None
-    if write.gated:
-        gate = _factor(seen, call.output, where)
-        if call.source != "registry" and gate.dim() == 4:
-            gate = gate.transpose(1, 2)  # the registry's functions return [B, T, H, E], others [B, H, T, E]
-        gate = gate.reshape(T, H, E_v).to(q.dtype)
-    mask, window = plain_mask(call.mask, call.causal, T, act.device)
-    if call.position_bias is not None:
-        mask = _biased(call.position_bias[0, ..., :T, :T], mask)
-    return Attention(
-        q=q,
-        k=k,
-        v=v,
-        w_o=w_o,
-        scale=default_scale(q.shape[-1]) if call.scale is None else float(call.scale),
-        softcap=None if call.softcap is None else float(call.softcap),
-        window=window,
-        sinks=None if call.sinks is None else call.sinks.reshape(-1),
-        mask=mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype),
-        gate=gate,
-    )
-
-
-def _by_head(weight: Tensor, heads: int, width: int, where: str) -> Tensor:
-    if weight.shape[0] != heads * width:
-        raise StructureError(
-            f"{where} does not read the attention's heads side by side",
-            expected=f"{heads} x {width} inputs",
-            got=weight.shape[0],
-        )
-    return torch.unflatten(weight, 0, (heads, width))
-
-
-def _biased(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """position_bias [1 or H, T, T] plus what `mask` says."""
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        return bias.masked_fill(~mask, -torch.inf)
-    return bias + mask
-
-
-def _from_probabilities(call: AttentionCall, weight: Tensor, T: int, where: str) -> Attention:
-    """A model that multiplies its own softmax by v: logits are log A, exactly, with empty q and k.
-
-    q . k is 0 for the one zero that stands for d_head; softmax(log A) = A since A's rows sum to 1.
-    """
-    assert call.probabilities is not None
-    A = call.probabilities.reshape(-1, T, T)
-    v = call.value.reshape(-1, T, call.value.shape[-1])
-    H = A.shape[0]
-    if bool(A.triu(1).any()):
-        raise StructureError(f"{where}: attention is not causal", expected="a decoder's causal mask")
-    zero = A.new_zeros(H, T, 1).to(v.dtype)
-    wide = torch.float64 if A.dtype == torch.float64 else torch.float32
-    return Attention(
-        q=zero,
-        k=zero[: v.shape[0]],
-        v=v,
-        w_o=_by_head(weight, H, v.shape[-1], where),
-        scale=1.0,
-        mask=A.to(wide).log(),  # never narrower than float32: 16-bit logarithms would move A by per cents
-    )
+def _home_of_constants(captured: list[CapturedWrite]) -> int | None:
+    """The attention, else the first MLP."""
+    for kind in (AttentionWrite, MlpWrite):
+        for number, write in enumerate(captured):
+            if isinstance(write, kind):
+                return number
+    return None

@@ -2,18 +2,19 @@
 
 1. Run the layer under `Lineage`, which keeps the expression graph of the pass.
 2. Walk down from the layer's output through its sums: the stream that came in must be one of the terms,
-   once and unscaled (else the layer is not additive, as with norms after the addition: refused).
-3. Every other term is one write. Going through scalar factors, per-token factors and a norm, find the
-   module that made it: a linear map (its rows are the parts), an experts module, or neither (opaque).
-4. The linear map that reads what the attention function returned is the attention's; one whose input is
-   computed token by token is an MLP's; one that mixes tokens some other way is a mixer's.
+   once, itself or times constants (else the layer is not additive, as with norms after the addition:
+   refused).
+3. Every other term is one write. Going through factors and norms, find the module that made it: a linear
+   map (its rows are the parts), experts, a parameter by itself, or none of these (opaque).
+4. The linear map that reads what an attention function returned is the attention's, also where something
+   that is linear at a run's statistics lies between; one whose input is computed token by token is an
+   MLP's; one that mixes tokens some other way is a mixer's.
 5. A write opens a new stage if something reads the sum of everything before it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,15 +23,18 @@ from torch import Tensor, nn
 from lmtt.errors import StructureError
 from lmtt.structure.attention_hook import AttentionCall, recording
 from lmtt.structure.experts import is_experts, why_whole
-from lmtt.structure.lineage import Lineage, Node
+from lmtt.structure.lineage import PACKED, Lineage, Node
 from lmtt.structure.modules import is_linear, is_norm
-from lmtt.structure.spec import Kind, LayerStructure, Write
+from lmtt.structure.spec import LayerStructure, Multiply, Norm, Source, Step, Write
 
 _MIXES_TOKENS = {
     "conv1d", "conv2d", "cumsum", "cumprod", "logcumsumexp", "einsum", "roll", "fft", "rfft", "scatter_add",
     "scaled_dot_product_attention",
 }  # fmt: skip
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm"}
+# What only puts numbers elsewhere.
+REARRANGES = {"cat", "concat", "concatenate", "chunk", "split", "__getitem__", "stack", "unbind", "narrow"}
+_TIMES = {"scale", "rows", "gain"}
 
 
 def discover_layer(
@@ -40,13 +44,17 @@ def discover_layer(
     kwargs: dict[str, Any] | None = None,
     *,
     index: int = 0,
+    opaque: bool = False,
 ) -> LayerStructure:
     """The structure of `layer`, from one run over `hidden` [1, T, D] with the arguments of the dry run.
 
     Needs `watching(model)` around it. `index` only names the layer in errors.
-    Raises StructureError if the layer's output is not the incoming stream plus other terms.
+    opaque: let in a sublayer that is not understood, as one part.
+    Raises StructureError if the layer's output is not the incoming stream plus other terms, or one of
+    these is not understood and `opaque` does not let it in.
     """
-    width = hidden.shape[-1]
+    if hidden.dim() != 3:
+        raise _refuse(layer, index, f"it is given several streams at once, {tuple(hidden.shape)}")
     lineage = Lineage(layer, hidden)
     calls: list[AttentionCall] = []
 
@@ -57,26 +65,38 @@ def discover_layer(
     with torch.no_grad(), recording(sink), lineage:
         output = layer(hidden, *args, **(kwargs or {}))
     returned = output[0] if isinstance(output, (tuple, list)) else output
-    versions = _versions(layer, lineage, lineage.node(returned), index)
+    sums = _sums(layer, lineage, lineage.node(returned), index)
 
-    writes: list[Write] = []
-    probes: list[str | None] = []
-    stage = 0
-    for below, above in pairwise(versions):
-        if below is not lineage.stream and _is_read(below):
-            stage += 1
-            probes.append(_reader_module(layer, lineage, below))
-        other = next(node for node in above.inputs if node is not below)
-        writes.extend(_write(layer, lineage, term, stage, width) for term in _terms(layer, other, width))
-    writes = _one_attention(writes)
     source, attention_module = _attention(layer, lineage, calls)
-    return LayerStructure(
-        writes=tuple(writes),
-        stages=stage + 1,
+    finder = _Finder(layer, lineage, hidden.shape[-1], source)
+    writes = [write for stage, one in enumerate(sums) for write in finder.writes(one, stage)]
+    structure = LayerStructure(
+        writes=tuple(_one_attention(writes)),
+        stages=len(sums),
         attention_module=attention_module,
         attention_source=source,
         returns_tuple=isinstance(output, (tuple, list)),
-        sums=tuple(probes),
+        sums=tuple(_reader_module(lineage, one.below) for one in sums[1:]),
+        carries=tuple(one.carry for one in sums),
+        opaque=opaque,
+    )
+    if not opaque:
+        refuse_opaque(layer, index, structure)
+    return structure
+
+
+def refuse_opaque(layer: nn.Module, index: int, structure: LayerStructure) -> None:
+    """Raise StructureError for the first write that is not understood."""
+    for write in structure.writes:
+        if write.kind == "opaque":
+            raise not_understood(layer, index, write.module, write.note)
+
+
+def not_understood(layer: nn.Module, index: int, sublayer: str | None, why: str) -> StructureError:
+    """The refusal of one sublayer."""
+    return StructureError(
+        f"layer {index} ({type(layer).__name__}), {sublayer or 'a sublayer'} cannot be taken apart: {why}",
+        remedy="opaque=True (--opaque) lets it in as one part",
     )
 
 
@@ -87,18 +107,29 @@ def _refuse(layer: nn.Module, index: int, why: str) -> StructureError:
     )
 
 
-def _versions(layer: nn.Module, lineage: Lineage, out: Node, index: int) -> list[Node]:
-    """The stream's versions, from the one that came in to the layer's output."""
+@dataclass(frozen=True)
+class _Sum:
+    """One stage: carry * below + terms."""
+
+    below: Node
+    terms: tuple[tuple[Node, tuple[Step, ...]], ...]  # each with the steps from it to the sum
+    carry: tuple[Step, ...]
+
+
+def _sums(layer: nn.Module, lineage: Lineage, out: Node, index: int) -> list[_Sum]:
+    """The sums that lead from the stream that came in to the layer's output."""
     carriers: dict[int, int] = {}
 
     def carried(node: Node) -> int:
         """How many times the incoming stream is a term of this sum."""
         if node is lineage.stream:
             return 1
-        if node.op != "add":
-            return 0
         if id(node) not in carriers:
-            carriers[id(node)] = sum(carried(part) for part in node.inputs)
+            carriers[id(node)] = 0
+            if node.op == "add":
+                carriers[id(node)] = sum(carried(part) for part in node.inputs)
+            elif node.op in ("scale", "gain") and _is_constant(lineage, node):
+                carriers[id(node)] = carried(node.inputs[0])
         return carriers[id(node)]
 
     times = carried(out)
@@ -111,17 +142,35 @@ def _versions(layer: nn.Module, lineage: Lineage, out: Node, index: int) -> list
             if times == 0
             else f"the incoming stream is added {times} times",
         )
-    chain = [out]
-    while chain[-1] is not lineage.stream:
-        chain.append(next(part for part in chain[-1].inputs if carried(part)))
-    return chain[::-1]
+    sums: list[_Sum] = []
+    node, terms, path = out, list[tuple[Node, tuple[Step, ...]]](), tuple[Step, ...]()
+    multiplied = 0  # readings of `node` that only rescale it
+    while True:
+        if node is lineage.stream or (node is not out and len(node.read_by) > multiplied):
+            sums.append(_Sum(node, tuple(terms[::-1]), path))
+            terms, path = [], ()
+        if node is lineage.stream:
+            return sums[::-1]
+        multiplied = 0
+        if node.op == "add":
+            below = next(part for part in node.inputs if carried(part))
+            terms += [(part, path) for part in node.inputs if part is not below]
+        else:
+            below, multiplied = node.inputs[0], 1
+            path = (_step(node), *path)
+        node = below
 
 
-def _is_read(version: Node) -> bool:
-    return bool(version.read_by)
+def _is_constant(lineage: Lineage, node: Node) -> bool:
+    """The factor of this product does not depend on the stream."""
+    return all(a is not lineage.stream for factor in node.inputs[1:] for a in factor.ancestors())
 
 
-def _reader_module(layer: nn.Module, lineage: Lineage, version: Node) -> str | None:
+def _step(node: Node) -> Multiply:
+    return Multiply(node.site, node.operand, node.inverse, node.factor)
+
+
+def _reader_module(lineage: Lineage, version: Node) -> str | None:
     """A module called once whose input is exactly this version of the stream."""
     names = [n for n in version.read_in if lineage.calls[n] == 1 and lineage.module_input.get(n) is version]
     return names[0] if names else None
@@ -129,95 +178,146 @@ def _reader_module(layer: nn.Module, lineage: Lineage, version: Node) -> str | N
 
 @dataclass(frozen=True)
 class _Term:
+    """A tensor that a module returned, and the steps from it to the stream."""
+
     node: Node
-    scale: float = 1.0
-    factor: bool = False  # a per-token factor was passed on the way
+    path: tuple[Step, ...]
+    maker: str | None = None
+    kind: str = "unknown"  # linear, experts, packed, constant or unknown
+    note: str = ""
 
 
-def _terms(layer: nn.Module, node: Node, width: int, scale: float = 1.0, factor: bool = False) -> list[_Term]:
-    """The terms of a sum, down to tensors that a linear map, an experts module or a norm returned."""
-    for name in node.modules:
-        module = layer.get_submodule(name)
-        if is_linear(module) or is_experts(module) or (is_norm(module, width) and _computes(module)):
-            return [_Term(node, scale, factor)]
-    if node.op == "add":
-        terms = [t for part in node.inputs for t in _terms(layer, part, width, scale, factor)]
-        nameless = any(not t.node.modules and _parameter(layer, t.node) is None for t in terms)
-        # A sum with a term that no module returned stays whole if the sum itself has a module's name.
-        return [_Term(node, scale, factor)] if nameless and node.modules else terms
-    if node.op == "scale":
-        return _terms(layer, node.inputs[0], width, scale * node.factor, factor)
-    if node.op == "rows" and not factor:
-        return _terms(layer, node.inputs[0], width, scale, True)
-    return [_Term(node, scale, factor)]
+class _Finder:
+    """Name what is behind each term of one layer's sums."""
+
+    def __init__(self, layer: nn.Module, lineage: Lineage, width: int, source: Source | None) -> None:
+        self._layer, self._lineage, self._width, self._source = layer, lineage, width, source
+        self._parameters = {
+            p.untyped_storage().data_ptr(): (name, p) for name, p in layer.named_parameters() if p.numel()
+        }
+
+    def writes(self, one: _Sum, stage: int) -> list[Write]:
+        return [self._write(term, stage) for node, path in one.terms for term in self._terms(node, path)]
+
+    def _terms(self, node: Node, path: tuple[Step, ...]) -> list[_Term]:
+        """The terms of a sum, down to tensors that a linear map or experts returned."""
+        norm: str | None = None
+        for name in node.modules:
+            module = self._layer.get_submodule(name)
+            if is_linear(module):
+                return [_Term(node, path, name, "linear")]
+            if is_experts(module) and node.op != "fold":
+                return [_Term(node, path, name, "experts")]
+            if norm is None and is_norm(module, self._width) and not _is_inert(module):
+                norm = name
+        if norm is not None:
+            given = self._lineage.module_input[norm]
+            inner = self._terms(given, (Norm(norm), *path))
+            if any(term.kind == "unknown" for term in inner):
+                where = next(t for t in inner if t.kind == "unknown")
+                made = where.maker or where.node.made_by
+                return [_Term(node, path, norm, "unknown", f"a norm of what {made!r} returned")]
+            return inner
+        if node.op == "add":
+            terms = [t for part in node.inputs for t in self._terms(part, path)]
+            # A sum with a term that is not understood stays whole if the sum itself has a module's name.
+            unknown = any(t.kind == "unknown" and t.maker is None for t in terms)
+            if unknown and node.modules:
+                return [_Term(node, path, node.modules[-1], "unknown", self._unknown(node))]
+            return terms
+        if node.op in _TIMES and (node.site is not None or node.factor is not None):
+            return self._terms(node.inputs[0], (_step(node), *path))
+        if node.op == "fold":
+            product = node.inputs[0]
+            packed = self._packed(product)
+            if packed is not None:
+                return [_Term(product, path, packed, "packed")]
+        constant = self._parameters.get(node.storage)
+        if constant is not None and node.op == "leaf":
+            return [_Term(node, path, constant[0], "constant")]
+        return [_Term(node, path, node.modules[-1] if node.modules else None, "unknown", self._unknown(node))]
+
+    def _unknown(self, node: Node) -> str:
+        return f"made by {node.made_by!r}, not by a linear map"
+
+    def _packed(self, node: Node) -> str | None:
+        """The parameter [E, F, D] that this batched product [E, T, D] was taken with, if it was."""
+        if node.made_by not in PACKED or len(node.inputs) != 2 or node.site is None:
+            return None
+        name, parameter = self._parameters.get(node.inputs[1].storage, (None, None))
+        return name if parameter is not None and parameter.dim() == 3 else None
+
+    def _write(self, term: _Term, stage: int) -> Write:
+        """Say what kind of sublayer a term closes."""
+        name, lineage = term.maker, self._lineage
+        write = Write("opaque", name, stage, term.path, term.note)
+        if term.kind == "unknown" or name is None:
+            return write
+        if term.kind == "constant":
+            return replace(write, kind="constant")
+        if term.kind == "packed":
+            return replace(write, kind="experts", product=term.node.site)
+        if lineage.calls[name] != 1:
+            return replace(write, note=f"it is called {lineage.calls[name]} times")
+        if term.kind == "experts":
+            why = why_whole(self._layer.get_submodule(name), lineage.module_input[name].width // self._width)
+            return replace(write, kind="experts") if why is None else replace(write, note=why)
+        return self._linear(write, lineage.module_input[name])
+
+    def _linear(self, write: Write, node: Node) -> Write:
+        """The kind of a linear map by its input."""
+        if node.attention is not None:
+            if node.attention != self._source:
+                return replace(write, note=f"a second way of attending ({node.attention})")
+            return replace(write, kind="attention", calls=(node.call,))
+        reached = _between(self._layer, self._lineage, node)
+        if reached:
+            if any(found.attention != self._source for found in reached):
+                return replace(write, note="attention seen in several ways")
+            return replace(
+                write,
+                kind="attention",
+                calls=tuple(sorted({found.call for found in reached})),
+                through=True,
+                note="what lies between the attention and the linear map is held at its values",
+            )
+        inside, complete = _sublayer(self._lineage, node)
+        if not complete:
+            return replace(write, note="its input was computed out of sight")
+        if any(ancestor.attention is not None for ancestor in inside):
+            return replace(write, note="something that is not linear lies behind its attention")
+        mixing = next((ancestor.made_by for ancestor in inside if _mixes(self._lineage, ancestor)), None)
+        if mixing is None:
+            return replace(write, kind="mlp")
+        return replace(write, kind="mixer", note=f"tokens are mixed by {mixing!r}")
 
 
-def _computes(module: nn.Module) -> bool:
-    return not isinstance(module, (nn.Identity, nn.Dropout))
+def _is_inert(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Identity, nn.Dropout))
 
 
-def _write(layer: nn.Module, lineage: Lineage, term: _Term, stage: int, width: int) -> Write:
-    """Name the module behind one term and say what kind of sublayer it closes."""
-    write = Write("opaque", None, None, term.scale, stage, factor=term.factor)
-    linear, experts, norm = _makers(layer, term.node, width)
-    if norm is not None:
-        inner = _terms(layer, lineage.module_input[norm], width)
-        if len(inner) != 1 or inner[0].factor:
-            return replace(write, module=norm, note="a norm of a sum of several sublayers")
-        linear, experts, deeper = _makers(layer, inner[0].node, width)
-        if linear is None and experts is None:
-            where = deeper or inner[0].node.made_by
-            return replace(write, module=norm, note=f"a norm of what {where!r} returned")
-        # A norm undoes the size of what it is given, so the inner scale is part of its row factor.
-        write = replace(write, post_norm=norm, inner_scale=inner[0].scale)
-    name = linear or experts
-    if name is None:
-        parameter = _parameter(layer, term.node)
-        if parameter is not None:
-            return replace(write, module=parameter, note="a parameter added by itself")
-        made = term.node.modules[-1] if term.node.modules else None
-        return replace(write, module=made, note=f"made by {term.node.made_by!r}, not by a linear map")
-    if lineage.calls[name] != 1:
-        return replace(write, module=name, note=f"called {lineage.calls[name]} times")
-    if experts is not None:
-        tokens = lineage.module_input[name].width // width
-        why = why_whole(layer.get_submodule(name), tokens)
-        return replace(write, kind="experts", module=name, note="" if why is None else f"taken whole: {why}")
-    kind, gated, note = _kind(lineage, lineage.module_input[name])
-    return replace(write, kind=kind, module=name, gated=gated, note=note)
-
-
-def _makers(layer: nn.Module, node: Node, width: int) -> tuple[str | None, str | None, str | None]:
-    """Which linear map, experts module or norm returned this tensor (the first that applies)."""
-    linear = experts = norm = None
-    for name in node.modules:
-        module = layer.get_submodule(name)
-        if is_linear(module):
-            linear = linear or name
-        elif is_experts(module):
-            experts = experts or name
-        elif is_norm(module, width) and _computes(module):
-            norm = norm or name
-    if linear is not None:
-        return linear, None, None
-    return (None, experts, None) if experts is not None else (None, None, norm)
-
-
-def _kind(lineage: Lineage, node: Node) -> tuple[Kind, bool, str]:
-    """(kind, gated, note) of a linear map by its input."""
+def _between(layer: nn.Module, lineage: Lineage, node: Node) -> list[Node]:
+    """The attention calls that `node` is a linear function of (all else held), [] if it is not one."""
     if node.attention is not None:
-        return "attention", False, ""
-    if node.op == "gate" and any(part.attention is not None for part in node.inputs):
-        return "attention", True, "a gate multiplies the attention's output"
-    inside, reached = _sublayer(lineage, node)
-    if not reached:
-        return "mixer", False, "its input was computed out of sight"
-    for ancestor in inside:
-        if ancestor.attention is not None:
-            return "mixer", False, "something lies between the attention and its linear map"
-        if _mixes(lineage, ancestor):
-            return "mixer", False, f"tokens are mixed by {ancestor.made_by!r}"
-    return "mlp", False, ""
+        return [node]
+    for name in node.modules:
+        module = layer.get_submodule(name)
+        if next(module.children(), None) is None and not is_linear(module) and not _is_inert(module):
+            given = lineage.module_input.get(name)
+            if given is None or given is node or any(p.dim() > 1 for p in module.parameters(recurse=False)):
+                continue
+            return _between(layer, lineage, given)
+    if node.op == "add" or (node.op == "leaf" and node.made_by in REARRANGES):
+        found = [_between(layer, lineage, part) for part in node.inputs]
+        return [] if not all(found) else [call for calls in found for call in calls]
+    if node.op in _TIMES or node.op == "gate":
+        attending = [part for part in node.inputs if _attends(part)]
+        return _between(layer, lineage, attending[0]) if len(attending) == 1 else []
+    return []
+
+
+def _attends(node: Node) -> bool:
+    return any(ancestor.attention is not None for ancestor in node.ancestors())
 
 
 def _sublayer(lineage: Lineage, node: Node) -> tuple[list[Node], bool]:
@@ -228,7 +328,7 @@ def _sublayer(lineage: Lineage, node: Node) -> tuple[list[Node], bool]:
         if id(here) in seen:
             continue
         seen.add(id(here))
-        if here is lineage.stream or _carries(lineage, here):
+        if _carries(lineage, here):
             reached = True
             continue
         inside.append(here)
@@ -237,7 +337,12 @@ def _sublayer(lineage: Lineage, node: Node) -> tuple[list[Node], bool]:
 
 
 def _carries(lineage: Lineage, node: Node) -> bool:
-    return node.op == "add" and any(p is lineage.stream or _carries(lineage, p) for p in node.inputs)
+    """The stream that came in is a term of this sum, or it itself."""
+    if node is lineage.stream:
+        return True
+    if node.op == "add":
+        return any(_carries(lineage, part) for part in node.inputs)
+    return node.op in ("scale", "gain") and _is_constant(lineage, node) and _carries(lineage, node.inputs[0])
 
 
 def _mixes(lineage: Lineage, node: Node) -> bool:
@@ -249,25 +354,20 @@ def _mixes(lineage: Lineage, node: Node) -> bool:
     return node.made_by in _PRODUCTS and len(live) > 1
 
 
-def _parameter(layer: nn.Module, node: Node) -> str | None:
-    for name, parameter in layer.named_parameters():
-        if parameter.untyped_storage().data_ptr() == node.storage:
-            return name
-    return None
-
-
 def _one_attention(writes: list[Write]) -> list[Write]:
-    """A captured layer holds one attention call; a second one's write stays whole."""
+    """The block that the graph draws holds one attention; a second one's write stays whole."""
     first = next((i for i, write in enumerate(writes) if write.kind == "attention"), None)
     return [
-        replace(write, kind="mixer", note="a second attention in the same layer")
+        replace(write, kind="opaque", note="a second attention in the same layer")
         if write.kind == "attention" and i != first
         else write
         for i, write in enumerate(writes)
     ]
 
 
-def _attention(layer: nn.Module, lineage: Lineage, calls: list[AttentionCall]) -> tuple[Any, str | None]:
+def _attention(
+    layer: nn.Module, lineage: Lineage, calls: list[AttentionCall]
+) -> tuple[Source | None, str | None]:
     names = {module: name for name, module in layer.named_modules()}
     if calls and calls[0].module in names:
         return "registry", names[calls[0].module]

@@ -97,6 +97,15 @@ def expert_parts(module: Any, arguments: list[Tensor], written: Tensor) -> Exper
     return ExpertParts(act, w_down.reshape(E * width, D), None if bias is None else bias.to(written.dtype))
 
 
+def packed_parts(act: Tensor, weight: Tensor) -> ExpertParts | str:
+    """Experts as one batched product: act [E, T, F_e], router's weight included, times weight [E, F_e, D]."""
+    E, T, width = act.shape
+    size = E * width * (T + (0 if weight.is_contiguous() else weight.shape[2])) * act.element_size()
+    if size > MAX_EXPERT_BYTES:
+        return f"{E * width} neurons would take {size / 2**30:.1f} GiB"
+    return ExpertParts(act.transpose(0, 1).reshape(T, E * width), weight.reshape(E * width, -1), None)
+
+
 def _matrices(module: Any) -> tuple[Tensor | None, Tensor | None]:
     up = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
     down = getattr(module, "down_proj", None)

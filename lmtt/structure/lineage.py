@@ -15,12 +15,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Op = Literal["leaf", "add", "scale", "rows", "gate"]
+from lmtt.structure.spec import Site, Source
 
-_ADD = {"add", "__add__", "__radd__", "__iadd__", "add_"}
-_MUL = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply"}
-_DIV = {"div", "__truediv__", "__itruediv__", "div_", "true_divide"}
-_SAME = {  # the same numbers, possibly in another place, shape or precision
+Op = Literal["leaf", "add", "scale", "rows", "gain", "gate", "fold"]
+
+ADD = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+MUL = {"mul", "__mul__", "__rmul__", "__imul__", "mul_", "multiply"}
+DIV = {"div", "__truediv__", "__itruediv__", "div_", "true_divide"}
+SUB = {"sub", "__sub__", "__isub__", "sub_", "subtract"}
+SAME = {  # the same numbers, possibly in another place, shape or precision
     "view", "reshape", "contiguous", "to", "type_as", "type", "float", "half", "bfloat16", "double", "clone",
     "squeeze", "unsqueeze", "flatten", "unflatten", "transpose", "permute", "movedim", "swapaxes", "detach",
     "alias", "view_as", "reshape_as",
@@ -28,6 +31,8 @@ _SAME = {  # the same numbers, possibly in another place, shape or precision
 _DROPOUT = {"dropout", "dropout_", "feature_dropout", "alpha_dropout"}
 _SHAPE_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty"}
 _PRODUCT = {"matmul", "__matmul__", "__rmatmul__", "bmm"}
+PACKED = {"bmm", "matmul", "__matmul__"}  # products that may be with a parameter of three dimensions
+_MASKS = {"masked_fill"}
 
 Key = tuple[int, int, int]
 
@@ -41,20 +46,25 @@ def key_of(tensor: Tensor) -> Key:
 class Node:
     """One set of numbers in the pass.
 
-    add: inputs summed. scale: inputs[0] * factor. rows: inputs[0] * row_factor[token].
-    gate: inputs[0] * inputs[1], the second broadcast. leaf: anything else, `made_by` the function named.
+    add: inputs summed. scale: inputs[0] times one number. rows: inputs[0] times one number per token.
+    gain: inputs[0] times one number per channel. gate: inputs[0] * inputs[1], the second broadcast.
+    fold: inputs[0] summed over its first axis. leaf: anything else, `made_by` the function named.
     """
 
     op: Op
     made_by: str
     inputs: tuple[Node, ...] = ()
-    factor: float = 1.0
+    factor: float | None = None  # of a scale
+    operand: int = 1  # which argument of the call at `site` is the factor
+    inverse: bool = False  # divided by it
+    site: Site | None = None
     width: int = 0  # numel
     modules: list[str] = field(default_factory=list)  # modules that returned it
     read_by: list[str] = field(default_factory=list)  # functions that computed something new from it
     read_in: list[str] = field(default_factory=list)  # modules that were given it
     storage: int = 0
-    attention: Literal["registry", "sdpa", "product"] | None = None
+    attention: Source | None = None
+    call: int = 0  # which of that source's calls in the layer returned it
 
     def ancestors(self) -> Iterator[Node]:
         """Itself and everything it was made from, each once."""
@@ -95,7 +105,8 @@ class Lineage(TorchFunctionMode):
         self.module_input: dict[str, Node] = {}
         self.calls: dict[str, int] = {}
         self.inside: list[str] = []  # modules running now, innermost last
-        self.attention_inside: list[tuple[str, str]] = []  # (source, innermost module)
+        self.attention_inside: list[tuple[Source, str]] = []  # (source, innermost module)
+        self._sites = SiteCounter(self._size)
         self.stream = self.node(hidden)
 
     def node(self, tensor: Tensor) -> Node:
@@ -106,12 +117,13 @@ class Lineage(TorchFunctionMode):
             found = self._new(tensor, Node("leaf", "given"))
         return found
 
-    def mark_attention(self, tensor: Tensor, source: Literal["registry", "sdpa", "product"]) -> None:
+    def mark_attention(self, tensor: Tensor, source: Source) -> None:
         """`tensor` is what an attention function returned."""
         node = self.node(tensor)
+        number = sum(known == source for known, _ in self.attention_inside)
+        self.attention_inside.append((source, self.inside[-1] if self.inside else ""))
         if node.attention is None or source == "registry":
-            node.attention = source
-            self.attention_inside.append((source, self.inside[-1] if self.inside else ""))
+            node.attention, node.call = source, number
 
     def __enter__(self) -> Lineage:
         for name, module in self._layer.named_modules():
@@ -173,6 +185,7 @@ class Lineage(TorchFunctionMode):
             produced = [given[0][0]]
         if not produced or name in {"__get__", "__set__"}:
             return output
+        site = self._sites.at(self.inside[-1] if self.inside else "", name, produced[0])
         in_place = _is_in_place(name, kwargs)
         if name in _SHAPE_ONLY:
             given = []
@@ -184,13 +197,14 @@ class Lineage(TorchFunctionMode):
             if not in_place and key_of(tensor) in known:
                 continue  # a view of something given
             node = self._combine(name, args, kwargs, tensor, given) or Node("leaf", name, inputs)
+            node.site = site
             if node.op != "add":
                 for source in node.inputs:
                     source.read_by.append(name)
             self._new(tensor, node)
         if name == "scaled_dot_product_attention":
             self.mark_attention(produced[0], "sdpa")
-        elif name == "softmax":
+        elif name == "softmax" or (name in _MASKS and any(id(node) in self._softmax for _, node in given)):
             self._softmax.add(id(self.node(produced[0])))
         elif name in _PRODUCT and given and id(given[0][1]) in self._softmax:
             self.mark_attention(produced[0], "product")
@@ -209,7 +223,7 @@ class Lineage(TorchFunctionMode):
             return False
         out, (source, node) = produced[0], given[0]
         inert = name in _DROPOUT and _dropout_is_off(args, kwargs)
-        if not (name in _SAME or inert) or out.numel() != source.numel() or not out.is_floating_point():
+        if not (name in SAME or inert) or out.numel() != source.numel() or not out.is_floating_point():
             return False
         if key_of(out) != key_of(source):
             self._alive.append(out)
@@ -225,27 +239,64 @@ class Lineage(TorchFunctionMode):
         given: list[tuple[Tensor, Node]],
     ) -> Node | None:
         """The node of a sum or product of whole streams, or None."""
+        if name == "sum" and given and given[0][0].dim() >= 3 and _first_axis(args[1:], kwargs):
+            return Node("fold", name, (given[0][1],))
         if kwargs or len(args) != 2:
             return None
-        if name in _MUL | _DIV and len(given) == 1 and isinstance(args[1], (int, float)):
-            factor = float(args[1]) if name in _MUL else 1.0 / float(args[1])
-            return Node("scale", name, (given[0][1],), factor=factor)
+        if name in MUL | DIV and len(given) == 1 and isinstance(args[1], (int, float)):
+            return Node("scale", name, (given[0][1],), factor=float(args[1]), inverse=name in DIV)
         if len(given) != 2:
             return None
         (a, node_a), (b, node_b) = given
-        if name in _ADD and out.numel() == max(a.numel(), b.numel()):
+        if name in ADD | SUB and out.numel() == max(a.numel(), b.numel()):
+            if name in SUB:
+                node_b = Node("scale", name, (node_b,), factor=-1.0, width=node_b.width)
             return Node("add", name, (node_a, node_b))
-        if name in _MUL:
-            if b.numel() > a.numel():
+        if name in MUL or (name in DIV and a.numel() >= b.numel()):
+            flipped = b.numel() > a.numel()
+            if flipped:
                 a, b, node_a, node_b = b, a, node_b, node_a
             if a.numel() != out.numel():
                 return None
+            node = Node("gate", name, (node_a, node_b), operand=0 if flipped else 1, inverse=name in DIV)
             if b.numel() == 1:
-                return Node("scale", name, (node_a, node_b), factor=float(b))
-            if a.numel() == self._size and b.numel() == self._tokens and b.shape[-1] == 1:
-                return Node("rows", name, (node_a, node_b))
-            return Node("gate", name, (node_a, node_b))
+                node.op, node.factor = "scale", float(b)
+            elif a.numel() == self._size and b.shape[-1:] == (1,) and b.numel() == self._tokens:
+                node.op = "rows"
+            elif (
+                a.numel() == self._size
+                and b.shape[-1] * self._tokens == self._size == b.numel() * self._tokens
+            ):
+                node.op = "gain"
+            return node
         return None
+
+
+class SiteCounter:
+    """Number the calls that each module's own code makes, the same way at discovery and at every run.
+
+    Of sums and products of tensors only those are counted whose result has the stream's size, and all
+    batched products: how often others happen may depend on the prompt, as in a loop over experts.
+    """
+
+    _NAMES = ADD | SUB | MUL | DIV
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def at(self, module: str, function: str, result: Tensor) -> Site | None:
+        """The site of a call that just returned `result`; None for calls that are not counted."""
+        if function not in PACKED and (function not in self._NAMES or result.numel() != self._size):
+            return None
+        number = self._counts.get((module, function), 0)
+        self._counts[module, function] = number + 1
+        return Site(module, function, number)
+
+
+def _first_axis(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    dim = kwargs.get("dim", args[0] if args else None)
+    return dim in (0, (0,), [0])
 
 
 def _is_in_place(name: str, kwargs: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,14 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A matrix and perhaps a bias: nn.Linear and its (quantised) subclasses, or GPT-2's Conv1D."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """A matrix and perhaps a bias: nn.Linear and its (quantised) subclasses, or GPT-2's Conv1D.
+
+    Or an adapter of low rank around one of these (`base_layer`), which is linear as long as no dropout runs.
+    """
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    base = getattr(module, "base_layer", None)
+    return isinstance(base, nn.Module) and is_linear(base)
 
 
 def is_norm(module: nn.Module, width: int) -> bool:
@@ -27,29 +34,53 @@ def is_norm(module: nn.Module, width: int) -> bool:
 def linear_weight(module: nn.Module, dtype: torch.dtype, device: torch.device, width_in: int) -> Tensor:
     """The matrix W of y = x @ W + bias, [in, out]: a view where the weight is stored as numbers.
 
-    Quantised weights have no such view, so the module itself is asked: W = module(I) - bias.
+    Quantised weights and adapters have no such view, so the module itself is asked: W = module(I) - bias.
     """
-    weight = getattr(module, "weight", None)
     if isinstance(module, Conv1D):
         stored: Tensor = module.weight
         return stored
-    if (
-        isinstance(weight, Tensor)
-        and weight.dtype in FLOATS
-        and weight.dim() == 2
-        and weight.shape[1] == width_in
-    ):
-        return weight.T
+    if isinstance(module, nn.Linear):
+        weight = module.weight
+        if weight.dtype in FLOATS and weight.dim() == 2 and weight.shape[1] == width_in:
+            return weight.T
     with torch.no_grad():
+        adapted = _low_rank(module, dtype, device, width_in)
+        if adapted is not None:
+            return adapted
         product: Tensor = module(torch.eye(width_in, dtype=dtype, device=device))
-    bias = linear_bias(module)
+        bias = linear_bias(module) if isinstance(module, nn.Linear) else _at_zero(module, product, width_in)
     return product if bias is None else product - bias
 
 
 def linear_bias(module: nn.Module) -> Tensor | None:
     """[out] or None."""
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        weight = next(module.parameters())
+        zero: Tensor = _at_zero(module, weight, int(module.in_features))
+        return zero if bool((zero != 0).any()) else None
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
+
+
+def _low_rank(module: Any, dtype: torch.dtype, device: torch.device, width_in: int) -> Tensor | None:
+    """The matrix of a plain LoRA adapter from its own factors: asking it with I would cost [in, in, out]."""
+    if not hasattr(module, "get_delta_weight") or getattr(module, "lora_variant", None):
+        return None
+    weight = linear_weight(module.base_layer, dtype, device, width_in)
+    if module.disable_adapters or module.merged:
+        return weight
+    turned = isinstance(module.base_layer, Conv1D)
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            delta = module.get_delta_weight(name)
+            weight = weight + (delta if turned else delta.T)
+    return weight
+
+
+def _at_zero(module: nn.Module, like: Tensor, width_in: int) -> Tensor:
+    with torch.no_grad():
+        value: Tensor = module(like.new_zeros(1, width_in))[0]
+    return value
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         found = [(name, stack) for name, stack in lists if rule(stack)]
         if len(found) > 1:
             found = [(name, stack) for name, stack in found if len(stack) == depth]
+        if len(found) > 1:  # beside a tower for images or sound
+            found = _within_decoder(model, found)
         if len(found) == 1:
             return found[0]
         if len(found) > 1:
@@ -69,6 +71,18 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise StructureError(
         f"no decoder stack found in {type(model).__name__}", expected="a ModuleList of layers"
     )
+
+
+def _within_decoder(
+    model: nn.Module, found: list[tuple[str, nn.ModuleList]]
+) -> list[tuple[str, nn.ModuleList]]:
+    """Those of several stacks that lie in what the model itself calls its decoder, if it does."""
+    ask: Any = getattr(model, "get_decoder", None)
+    decoder = ask() if ask is not None else None
+    if not isinstance(decoder, nn.Module) or decoder is model:
+        return found
+    inside = [(name, stack) for name, stack in found if any(m is stack for m in decoder.modules())]
+    return inside or found
 
 
 def _depth(model: nn.Module) -> int | None:
@@ -84,6 +98,13 @@ class _Stop(Exception):  # noqa: N818 - not an error: it ends a forward whose re
     def __init__(self, value: Any = None) -> None:
         super().__init__("forward ended early on purpose")
         self.value = value
+
+
+class _Beside:
+    """Stands for what a layer returns beside the stream; a model that hands it on is not a chain."""
+
+    def __repr__(self) -> str:
+        return "what the layer before returned beside the stream"
 
 
 class _NotAChainError(StructureError):
@@ -175,11 +196,16 @@ def _shells(layers: nn.ModuleList, shell: Shell, returns_tuple: bool) -> Iterato
                 raise _NotAChainError(
                     f"layer {i} is not given what layer {i - 1} returned", expected="layers in a chain"
                 )
+            if any(isinstance(value, _Beside) for value in (*args, *kwargs.values())):
+                raise StructureError(
+                    f"layer {i} is given more by layer {i - 1} than the residual stream",
+                    expected="layers in a chain",
+                )
             count += 1
             returned = shell(i, hidden, args[1:], kwargs)
             # A fresh view: the chain is told by storage, and nothing is copied.
             previous[:] = [returned.view_as(returned)]
-            return (previous[0], None) if returns_tuple else previous[0]
+            return (previous[0], _Beside()) if returns_tuple else previous[0]
 
         return forward
 
@@ -272,7 +298,7 @@ def _finished(model: nn.Module, hidden: Tensor, calls: LayerCalls) -> Iterator[N
 def _head(model: nn.Module) -> nn.Module:
     ask: Any = getattr(model, "get_output_embeddings", None)
     head = ask() if ask is not None else None
-    if not isinstance(head, nn.Module):
+    if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
         raise StructureError(
             f"{type(model).__name__} has no output embedding", expected="a causal language model"
         )

@@ -7,29 +7,97 @@ resid_post). A sequential block has two stages (resid_mid, resid_post), a parall
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from lmtt.kernels.types import Attention
 
-Kind = Literal["attention", "mlp", "experts", "mixer", "opaque"]
+Kind = Literal["attention", "mlp", "experts", "mixer", "constant", "opaque"]
+Source = Literal["registry", "sdpa", "product"]
+
+
+class Site(NamedTuple):
+    """One call in a layer's forward: the `number`-th one of `function` that `module`'s own code makes."""
+
+    module: str
+    function: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Multiply:
+    """A factor on the way to the stream: a number, one per token or one per channel, read at each run."""
+
+    site: Site | None  # None: the fixed factor `value`
+    operand: int  # which argument of the call is the factor
+    inverse: bool = False  # divided by it
+    value: float | None = None  # what it was when discovered, where it is one number
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm on the way to the stream; held at each run's statistics it is linear."""
+
+    module: str
+
+
+Step = Multiply | Norm
+
+
+def _product(path: tuple[Step, ...]) -> float:
+    product = 1.0
+    for step in path:
+        if isinstance(step, Multiply) and step.value is not None:
+            product = product / step.value if step.inverse else product * step.value
+    return product
 
 
 @dataclass(frozen=True)
 class Write:
-    """One addition to the residual stream, as discovered (paths are relative to the layer)."""
+    """One addition to the residual stream, as discovered (paths are relative to the layer).
+
+    | kind      | what it is                                                                             |
+    |-----------|----------------------------------------------------------------------------------------|
+    | attention | sums of values weighted by a softmax, through a linear map: (head, source) pairs       |
+    | mlp       | a linear map of something computed token by token: neurons                             |
+    | experts   | many such maps, side by side: neurons of experts                                       |
+    | constant  | a parameter added by itself: part of the bias of the sublayer it accompanies           |
+    | mixer     | a linear map of something that mixes tokens without a softmax: one part                |
+    | opaque    | not understood, `note` says why: refused, or one part where the caller asks for that   |
+    """
 
     kind: Kind
-    module: str | None  # the module whose weight rows are the parts: o_proj, down_proj, an experts module
-    post_norm: str | None  # the norm applied to the module's output before it is added
-    scale: float  # product of the scalar multipliers between the module and the stream
+    module: str | None  # whose weight rows are the parts: o_proj, down_proj, experts; or a parameter
     stage: int  # which sum of the layer it belongs to
+    path: tuple[Step, ...] = ()  # from the module's output to the stream, in this order
     note: str = ""  # why it is opaque, or anything a reader of `lmtt doctor` should know
-    inner_scale: float = 1.0  # scalar multiplier between the module and its post_norm
-    factor: bool = False  # a factor per token multiplies the module's output (a shared expert's gate)
-    gated: bool = False  # an elementwise gate multiplies the attention's output before the module
+    calls: tuple[int, ...] = ()  # attention: which of the layer's attention calls it reads
+    through: bool = False  # attention: something lies between those calls and the linear map
+    product: Site | None = None  # experts: the batched product with the parameter `module`
+
+    @property
+    def post_norm(self) -> str | None:
+        """The first norm on the way."""
+        return next((step.module for step in self.path if isinstance(step, Norm)), None)
+
+    @property
+    def scale(self) -> float:
+        """The product of the factors that are one number (as discovered); a norm undoes those before it."""
+        norms = [at for at, step in enumerate(self.path) if isinstance(step, Norm)]
+        return _product(self.path[norms[-1] + 1 :] if norms else self.path)
+
+    @property
+    def inner_scale(self) -> float:
+        """The same of those before the first norm; 1 where there is none."""
+        norms = [at for at, step in enumerate(self.path) if isinstance(step, Norm)]
+        return _product(self.path[: norms[0]]) if norms else 1.0
+
+    @property
+    def factor(self) -> bool:
+        """A factor per token or channel is on the way, such as a shared expert's gate."""
+        return any(isinstance(step, Multiply) and step.value is None for step in self.path)
 
 
 @dataclass(frozen=True)
@@ -39,14 +107,24 @@ class LayerStructure:
     writes: tuple[Write, ...]
     stages: int
     attention_module: str | None  # the module that hands q, k, v over
-    attention_source: Literal["registry", "sdpa", "product"] | None
+    attention_source: Source | None
     returns_tuple: bool
     sums: tuple[str | None, ...] = ()  # for every stage but the last, a module that is given its whole
+    carries: tuple[tuple[Step, ...], ...] = ()  # for every stage, what multiplies the stream itself
+    opaque: bool = False  # the caller lets in what is not understood, as one part
 
     @property
     def parallel(self) -> bool:
         """Attention and MLP are added in one sum: there is no resid_mid."""
         return self.stages == 1 and len(self.writes) > 1
+
+    def closed(self, module: str | None, note: str) -> LayerStructure:
+        """The same with the write of one module as one opaque part, and why."""
+        writes = tuple(
+            replace(write, kind="opaque", note=note) if write.module == module else write
+            for write in self.writes
+        )
+        return replace(self, writes=writes)
 
 
 @dataclass(frozen=True)
@@ -71,11 +149,12 @@ class MlpWrite:
 
 @dataclass(frozen=True)
 class OpaqueWrite:
-    """A sublayer that enters the graph as one part, because it is not taken apart."""
+    """A sublayer that enters the graph as one part: a mixer, or one that the caller let in unopened."""
 
     written: Tensor  # [T, D]
     kind: Kind
     reason: str
+    module: str = ""  # "" for what no module returned
 
 
 CapturedWrite = AttentionWrite | MlpWrite | OpaqueWrite
@@ -83,11 +162,12 @@ CapturedWrite = AttentionWrite | MlpWrite | OpaqueWrite
 
 @dataclass(frozen=True)
 class Stage:
-    """whole = base + sum of what was written."""
+    """whole = base + sum of what was written; base = carry * the whole before."""
 
     base: Tensor  # [T, D]
     whole: Tensor  # [T, D]
     writes: tuple[CapturedWrite, ...]
+    carry: Tensor | None = None  # [] or [D]: layers that rescale the stream itself; None: they do not
 
 
 @dataclass(frozen=True)
@@ -99,7 +179,7 @@ class CapturedLayer:
 
     @property
     def resid_pre(self) -> Tensor:
-        """[T, D]"""
+        """[T, D]; as the first sum takes it, hence multiplied by its carry where there is one"""
         return self.stages[0].base
 
     @property

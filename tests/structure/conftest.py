@@ -13,6 +13,7 @@ from torch import Tensor
 from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
+from lmtt.structure.opaque import admit
 from lmtt.structure.replay import dry_run, find_layers, finish
 from lmtt.structure.spec import CapturedLayer, LayerStructure
 from lmtt.testing_models import tiny_prompt
@@ -39,7 +40,7 @@ class Pass:
 
 @pytest.fixture
 def run_captured() -> Callable[..., Pass]:
-    def run(model: Any, input_ids: Tensor | None = None) -> Pass:
+    def run(model: Any, input_ids: Tensor | None = None, opaque: bool = False) -> Pass:
         ids = tiny_prompt() if input_ids is None else input_ids
         with torch.no_grad():
             own = model(ids, use_cache=False).logits
@@ -49,7 +50,9 @@ def run_captured() -> Callable[..., Pass]:
         structures, captured = [], []
         with watching(model):
             for i, (layer, call) in enumerate(zip(layers, calls.calls, strict=True)):
-                structures.append(discover_layer(layer, hidden, call.args, call.kwargs, index=i))
+                given = (hidden, call.args, call.kwargs)
+                structure = discover_layer(layer, *given, index=i, opaque=opaque)
+                structures.append(admit(layer, structure, i, *given) if opaque else structure)
                 hidden, seen = capture_layer(layer, structures[-1], i, hidden, call.args, call.kwargs)
                 captured.append(seen)
         return Pass(structures, captured, finish(model, ids, hidden, calls), own)

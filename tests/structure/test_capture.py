@@ -15,7 +15,7 @@ from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.replay import dry_run, find_layers
-from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, OpaqueWrite, Stage
+from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, Norm, OpaqueWrite, Stage
 from lmtt.structure.verify import attention_probabilities, check_closure
 from lmtt.testing_models import CONFIGS, WINDOW, tiny_model, tiny_prompt
 
@@ -204,7 +204,11 @@ def test_layer_norm_after_a_sublayer_with_its_shift_and_scales() -> None:
     layer, hidden = _LayerNormAfter().double(), torch.randn(1, 7, 8, dtype=torch.float64)
     structure = discover_layer(layer, hidden)
     (found,) = structure.writes
-    assert (found.post_norm, found.inner_scale, found.scale) == ("norm", 2.0, 0.3)
+    assert [step.module if isinstance(step, Norm) else step.value for step in found.path] == [
+        2.0,
+        "norm",
+        0.3,
+    ]
     _, captured = capture_layer(layer, structure, 0, hidden)
     check_closure(captured, full=True, bound=1e-8)
     without_shift = _changed(captured, MlpWrite, lambda w: replace(w, bias=w.bias - 0.3 * layer.norm.bias))
@@ -267,20 +271,34 @@ def test_shared_experts_come_after_the_routed_ones(run_captured: Callable[..., A
     assert torch.equal(write.w_down[4 * 24 :], shared.T)
 
 
-def test_experts_that_mean_something_else_are_taken_whole(run_captured: Callable[..., Any]) -> None:
-    model = tiny_model("mixtral")
+def _spoil(model: Any) -> Any:
+    """Experts whose neurons do not add up to what they return."""
     for layer in model.model.layers:
         layer.mlp.experts.register_forward_hook(lambda _m, _args, out: 2 * out, prepend=True)
-    write = run_captured(model).captured[0].stages[1].writes[0]
-    assert isinstance(write, OpaqueWrite)
-    assert "do not add up" in write.reason
+    return model
 
 
-def test_experts_of_an_unknown_form_are_taken_whole(run_captured: Callable[..., Any]) -> None:
-    model = tiny_model("gpt_oss")
+def _without_form(model: Any) -> Any:
+    """Experts that do not say what their matrices are."""
     model.set_experts_implementation("eager")
     for layer in model.model.layers:
         del layer.mlp.experts.has_bias
-    done = run_captured(model)
-    assert "has_bias" in done.structures[0].writes[1].note
-    assert isinstance(done.captured[0].stages[1].writes[0], OpaqueWrite)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [("mixtral", _spoil, "do not add up"), ("gpt_oss", _without_form, "has_bias")],
+)
+def test_experts_that_are_not_understood_are_refused_or_let_in_as_one_part(
+    name: str, change: Callable[[Any], Any], words: str, run_captured: Callable[..., Any]
+) -> None:
+    model = change(tiny_model(name))
+    with pytest.raises(StructureError, match=rf"layer 0 \(\w+\), mlp\.experts .*{words}.*--opaque"):
+        run_captured(model)
+    for layer in run_captured(model, opaque=True).captured:
+        check_closure(layer, full=True)
+        (write,) = layer.stages[1].writes
+        assert isinstance(write, OpaqueWrite)
+        assert words in write.reason
+        assert write.kind == "opaque"

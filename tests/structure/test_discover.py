@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lmtt.errors import StructureError
 from lmtt.structure.attention_hook import watching
+from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.replay import dry_run, find_layers
 from lmtt.structure.spec import LayerStructure
+from lmtt.structure.verify import check_closure
 from lmtt.testing_models import tiny_model, tiny_prompt
 
 # name: (source of attention, stages, [(kind, module, post_norm)])
@@ -95,16 +97,28 @@ class _Doubled(nn.Module):
         return hidden + hidden
 
 
-class _Rescaled(nn.Module):
+class _Linear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.rand(8))
+
+
+class _Gated(_Linear):
+    """Rescales the stream by something that depends on it."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return 0.5 * hidden + self.linear(hidden)
+        return hidden.sigmoid() * hidden + self.linear(hidden)
 
 
-class _InPlace(_Rescaled):
+class _Rescaled(_Linear):
+    """Rescales the stream by constants: still a sum."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 0.5 * (self.gain * hidden + self.linear(hidden))
+
+
+class _InPlace(_Linear):
     """Adds onto its own sublayer's output, as some models do to save memory."""
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -113,7 +127,7 @@ class _InPlace(_Rescaled):
         return out
 
 
-@pytest.mark.parametrize(("layer", "words"), [(_Doubled(), "added 2 times"), (_Rescaled(), "not a sum")])
+@pytest.mark.parametrize(("layer", "words"), [(_Doubled(), "added 2 times"), (_Gated(), "not a sum")])
 def test_streams_that_are_not_passed_on_once_are_refused(layer: nn.Module, words: str) -> None:
     with pytest.raises(StructureError, match=words):
         discover_layer(layer, torch.randn(1, 5, 8), index=3)
@@ -124,8 +138,27 @@ def test_in_place_addition_is_followed() -> None:
     assert [(w.kind, w.module) for w in found.writes] == [("mlp", "linear")]
 
 
+def test_a_stream_that_constants_rescale_is_a_sum_still() -> None:
+    layer, hidden = _Rescaled(), torch.randn(1, 5, 8)
+    structure = discover_layer(layer, hidden)
+    _, captured = capture_layer(layer, structure, 0, hidden)
+    (stage,) = captured.stages
+    assert torch.allclose(stage.base, 0.5 * layer.gain * hidden[0])
+    assert all(closure.error <= 1e-6 for closure in check_closure(captured, full=True))
+
+
+class _TwoStreams(_Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.linear(hidden)
+
+
+def test_several_streams_at_once_are_refused() -> None:
+    with pytest.raises(StructureError, match="several streams"):
+        discover_layer(_TwoStreams(), torch.randn(1, 5, 2, 8))
+
+
 def test_discovery_leaves_no_hooks() -> None:
-    layer = _Rescaled()
+    layer = _Gated()
     with pytest.raises(StructureError):
         discover_layer(layer, torch.randn(1, 5, 8))
     assert not layer.linear._forward_hooks
