@@ -155,7 +155,11 @@ def _serve_parser(commands: Any) -> None:
         "target", nargs="?", metavar="MODEL|RUN", help="what to trace with, or a stored run [the demo model]"
     )
     parser.add_argument(
-        "--model", action="append", default=[], metavar="MODEL", help="one more model that may be used"
+        "--model",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="one more model that may be used; demo is the demo model",
     )
     parser.add_argument("--port", type=int, default=5006, help="[%(default)s]; 0 takes a free one")
     parser.add_argument(

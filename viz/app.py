@@ -262,7 +262,9 @@ class Dashboard:
         self._fresh[name] = key
         body.loading = True
         if not body.objects:
-            body[:] = [self._html(tables.sentence("Asking the model …"))]
+            body[:] = [
+                self._html(tables.sentence("Asking the model …" if trace.has_model else "Reading the run …"))
+            ]
         try:
             found = await self._tab(name, trace, start, dark)
         except LmttError as error:
@@ -361,13 +363,20 @@ class Dashboard:
             sidebar=sidebar,
             sidebar_width=300,
             main=[pn.Row(graph, beside, sizing_mode="stretch_both", styles=_MAIN)],
-            theme_config={"palette": {"primary": {"main": theme.LIGHT.attention[3]}}},
+            theme_config=_THEMES,
         )
         page.param.watch(lambda e: setattr(self.state, "dark", bool(e.new)), "dark_theme")
+        self.route.param.watch(lambda e: setattr(page, "dark_theme", bool(e.new)), "prefers_dark")
         self.state.dark = bool(page.dark_theme)
         return page
 
 
+_THEMES = {
+    name: {
+        "palette": {"primary": {"main": blue}, "background": {"default": colours.bg, "paper": colours.card}}
+    }
+    for name, colours, blue in (("light", theme.LIGHT, "#0f6ba8"), ("dark", theme.DARK, "#2b6b99"))
+}
 _MAIN = {"height": "calc(100vh - 68px)", "padding": "10px", "gap": "10px"}
 _LEFT = ":host { flex: 1 1 56%; min-width: 460px; height: 100%; }"
 _TABS = {"& .MuiTab-root": {"minWidth": 0, "px": 1.3, "py": 0.5, "textTransform": "none", "minHeight": 40}}

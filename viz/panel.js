@@ -53,6 +53,7 @@ export function render({ model }) {
   model.on("position", state);
   model.on("picked", selected);
   theme();
+  if (matchMedia("(prefers-color-scheme: dark)").matches) model.prefers_dark = true;
   load();
   return root;
 }

@@ -163,7 +163,7 @@ def _shared(settings: Settings, worker: Worker) -> Server:
         return lmtt.load(name, device=settings.device, dtype=settings.dtype)
 
     first = None
-    names = list(settings.models)
+    names = [DEMO if name == "demo" else name for name in settings.models]
     if settings.target is not None and is_run(settings.target):
         from lmtt.run.reader import read_run
 

@@ -1,0 +1,349 @@
+"""What the dashboard costs in a browser: headless Chromium, software rasterisation, medians.
+
+    python benchmarks/dashboard.py [--moves 15] [--out FILE.json]
+
+1. Traces without a model are made up at two sizes: 141 tokens x 30 layers, and 1024 x 80 with 500,000 edges.
+2. As a file: bytes, load to a usable view, `frame` of slider moves, starts and pans, heap.
+3. Served: bytes to the server for a slider move, a click to its details (two 256 x 256 maps and tables), and
+   another person's click while a run is going.
+
+`frame` is from setting a widget to the second animation frame after, so that what was drawn is on the screen;
+an idle page measures about 33 to 50 ms. `draw` is the time of our own script within it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from lmtt.graph.routes import route
+from lmtt.graph.testing import random_trace
+from lmtt.run.data import Edges, Neurons, Predictions, TraceData
+from lmtt.trace import ExactRows, Neuron, TokenScore, Trace
+from lmtt.viz.models import Models
+from lmtt.viz.page import route_page
+from lmtt.viz.state import Policy, Server
+
+LIMITS = {
+    "frame, ms": 100.0, "start, ms": 150.0, "load, s": 2.0, "page, MB": 6.0, "store, MB": 5.0,
+    "heap, MB": 100.0, "bytes a slider move": 1000.0, "click to details, ms": 150.0,
+    "another's click during a run, ms": 250.0,
+}  # fmt: skip
+RUN_SECONDS = 6.0
+
+
+# --- traces without a model ---
+
+
+def made_up(tokens: int, layers: int, per_row: int, seed: int = 0) -> TraceData:
+    """Shares that look like a run's: most of a row is residual, a few sources take the rest."""
+    random = np.random.default_rng(seed)
+    destination = np.repeat(np.tile(np.arange(tokens), layers), per_row)
+    layer = np.repeat(np.arange(layers), tokens * per_row)
+    near = random.geometric(0.08, len(destination)) - 1
+    source = np.where(random.random(len(near)) < 0.3, 0, np.maximum(0, destination - near))
+    unique = np.unique(np.stack([layer, destination, source]), axis=1)
+    layer, destination, source = unique
+    weight = np.minimum(0.6, random.lognormal(-4.0, 1.4, len(layer))).astype(np.float32) + np.float32(1.1e-3)
+    shape = (layers, tokens)
+    mlp = random.beta(1.2, 6, shape).astype(np.float32)
+    zeros = np.zeros(shape, np.float32)
+    logit = -np.sort(-random.normal(0, 3, (tokens, 5)), axis=1).astype(np.float32)
+    return TraceData(
+        tokens=tuple(f" t{i}" for i in range(tokens)), input_ids=np.arange(tokens),
+        parallel=np.zeros(layers, bool), residual=random.beta(8, 2, shape).astype(np.float32), mlp=mlp,
+        passthrough=1 - mlp, bias=zeros, opaque=zeros, rest=zeros, certificate=zeros,
+        edges=Edges(
+            np.searchsorted(layer, np.arange(layers + 1)), destination.astype(np.int32),
+            source.astype(np.int32), weight, np.arange(len(layer) + 1),
+            random.integers(0, 32, len(layer)).astype(np.int32), weight,
+        ),
+        neurons=Neurons(np.full((*shape, 1), -1, np.int32), zeros[..., None], zeros[..., None], zeros),
+        predictions=Predictions(np.tile(np.arange(5, dtype=np.int32), (tokens, 1)), logit, logit.max(1) + 1),
+        resid_pre=None,
+        meta={
+            "model": {"name": "made up", "n_layers": layers, "n_heads": 32}, "floor": 1e-3, "screen": 0.0,
+            "measure": "l1", "dtype": "float32", "versions": {},
+            "prediction_tokens": {str(i): f" p{i}" for i in range(5)},
+        },
+        cost={},
+    )  # fmt: skip
+
+
+class Prepared:
+    """Answers at once: what is measured is the page and the server, not a model."""
+
+    def __init__(self, tokens: int, heads: int) -> None:
+        self._map = np.tril(np.random.default_rng(1).random((tokens, tokens), np.float32))
+        self._scores = [TokenScore(f" word{i}", i, float(i)) for i in range(10)]
+        self._heads = heads
+
+    def exact_rows(self, data: TraceData, layer: int, rows: list[int]) -> ExactRows:
+        zero = np.zeros(len(rows), np.float32)
+        pairs = np.full((len(rows), self._heads, len(data.tokens)), 0.01, np.float32)
+        return ExactRows(pairs, zero, zero, zero)
+
+    def head_shares(self, data: TraceData, layer: int, head: int) -> Any:
+        return self._map
+
+    attention_pattern = head_shares
+
+    def promoted(self, *_: Any) -> Any:
+        return self._scores, self._scores
+
+    def neurons(self, data: TraceData, layer: int, position: int, k: int) -> list[Neuron]:
+        return [Neuron(i, 0.1, 1.0) for i in range(k)]
+
+    def check_same_model(self, data: TraceData) -> None:
+        return
+
+
+class Slow:
+    """A run of `RUN_SECONDS` that keeps one core and the interpreter busy, layer by layer."""
+
+    tokenizer = None
+    info = SimpleNamespace(n_layers=30)
+
+    def trace(self, prompt: str, progress: Any, **_: Any) -> Trace:
+        square = np.random.default_rng(0).random((300, 300))
+        for layer in range(30):
+            end = time.perf_counter() + RUN_SECONDS / 30
+            while time.perf_counter() < end:
+                square @ square
+            progress(layer + 1, 30)
+        return Trace(random_trace(4))
+
+
+# --- measuring ---
+
+MOVE = """async (action) => {
+  const times = [], draws = [];
+  const frame = () => new Promise(requestAnimationFrame);
+  const draw = view.draw.bind(view);
+  view.draw = () => { const t = performance.now(); draw(); draws.push(performance.now() - t); };
+  for (let i = 0; i < MOVES; i++) {
+    await frame(); await frame();
+    const t = performance.now();
+    ACTION;
+    await frame(); await frame();
+    times.push(performance.now() - t);
+  }
+  delete view.draw;
+  return [times, draws];
+}"""
+SLIDER = (
+    "view.slider.value = Math.log10(store.floor * 1.02) + 2.2 * ((i * 7) % MOVES) / MOVES;"
+    "view.slider.dispatchEvent(new Event('input'))"
+)
+START = "view.trace(store.tokens - 2 - i)"
+PAN = "view.pan(i % 2 ? 3 : -3)"
+
+
+def median_ms(page: Page, action: str, moves: int) -> tuple[float, float]:
+    """(frame, draw), medians in ms."""
+    script = MOVE.replace("ACTION", action).replace("MOVES", str(moves))
+    prelude = "const {view, store} = window.lmtt; return ("
+    times, draws = page.evaluate(f"async () => {{ {prelude}{script})() }}")
+    return statistics.median(times), statistics.median(draws or [0.0])
+
+
+def as_file(browser: Browser, data: TraceData, moves: int) -> dict[str, dict[str, float]]:
+    """Figures of the exported page, by window."""
+    start = time.perf_counter()
+    text = route_page(route(data, -1, 0.04))
+    written = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "route.html"
+        path.write_text(text, "utf-8")
+        # The page's own policy would refuse what the driver evaluates, so it is set aside here.
+        page = browser.new_context(
+            viewport={"width": 1280, "height": 1000}, offline=True, bypass_csp=True
+        ).new_page()
+        start = time.perf_counter()
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]")
+        page.evaluate(
+            "async () => { const f = () => new Promise(requestAnimationFrame); await f(); await f() }"
+        )
+        load = time.perf_counter() - start
+    store = page.evaluate("document.getElementById('store').textContent.length * 0.75 / 1e6")
+    figures = {
+        "edges": page.evaluate("lmtt.store.size"), "written, s": written, "load, s": load,
+        "page, MB": len(text.encode()) / 1e6, "store, MB": store,
+    }  # fmt: skip
+    windows = {"40 tokens": 40, "48 tokens": 48, "all tokens": len(data.tokens)}
+    result = {}
+    page.evaluate("lmtt.view.fold && lmtt.view._toggleFold()")
+    for name, width in windows.items():
+        page.evaluate(
+            "(n) => { const v = lmtt.view; v.fit(); v.view.x0 = Math.max(0, v.view.x1 - n); v.draw() }", width
+        )
+        slider, draw = median_ms(page, SLIDER, moves)
+        figures |= {"frame, ms": slider, "draw, ms": draw, "pan, ms": median_ms(page, PAN, moves)[0]}
+        result[name] = dict(figures)
+    page.evaluate("lmtt.view._toggleFold()")
+    result["folded"] = {"frame, ms": median_ms(page, SLIDER, moves)[0]}
+    result["start"] = {"start, ms": median_ms(page, START, moves)[0]}
+    heap = page.context.new_cdp_session(page)
+    heap.send("HeapProfiler.collectGarbage")
+    usage = heap.send("Runtime.getHeapUsage")
+    result["start"]["heap, MB"] = (usage["usedSize"] + usage.get("backingStorageSize", 0)) / 1e6
+    page.context.close()
+    return result
+
+
+@contextmanager
+def serving(models: Models, first: Trace | None) -> Iterator[str]:
+    """The dashboard in a thread of its own."""
+    from lmtt.viz.jobs import Worker
+    from lmtt.viz.serve import Settings, listen
+
+    worker, ready, found = Worker(), threading.Event(), []
+
+    def loop() -> None:
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        found.append(listen(Settings(port=0), Server(models, worker, Policy(), first)))
+        ready.set()
+        found[0].io_loop.start()
+
+    threading.Thread(target=loop, daemon=True).start()
+    ready.wait()
+    yield f"http://127.0.0.1:{found[0].port}/"
+    found[0].io_loop.add_callback(found[0].io_loop.stop)
+    worker.close()
+
+
+def opened(browser: Browser, address: str) -> tuple[Page, list[int]]:
+    """A page on the dashboard, and the sizes of what it sends."""
+    page, sent = browser.new_page(viewport={"width": 1280, "height": 900}), []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda payload: sent.append(len(payload))))
+    page.goto(address)
+    page.wait_for_selector(".rv-canvas")
+    page.wait_for_timeout(1500)
+    return page, sent
+
+
+def click(page: Page, picked: dict[str, Any], text: str) -> float:
+    """ms from a click in the graph to the details' new text and the frame after it."""
+    script = """async (root, [picked, text]) => {
+      const frame = () => new Promise(requestAnimationFrame);
+      const words = (node) => [...node.querySelectorAll('*')].reduce(
+        (all, e) => all + (e.shadowRoot ? words(e.shadowRoot) : ''), node.textContent ?? '');
+      const t = performance.now();
+      root.view.options.onPick(picked);
+      while (!words(document.body).includes(text)) await frame();
+      await frame();
+      return performance.now() - t;
+    }"""
+    return float(page.locator(".rv").evaluate(script, [picked, text]))
+
+
+def served(browser: Browser, moves: int) -> dict[str, dict[str, float]]:
+    """Figures of the served dashboard."""
+    big, result = made_up(1024, 80, 4), {}
+    with serving(Models([], lambda name: None), Trace(big)) as address:
+        start = time.perf_counter()
+        page, sent = opened(browser, address)
+        result["load"] = {"served load, s": time.perf_counter() - start - 1.5}
+        sent.clear()
+        for value in np.linspace(-2.5, -0.5, moves):
+            page.locator(".rv-slider").fill(f"{value:.3f}")
+            page.wait_for_timeout(400)
+        result["slider"] = {"bytes a slider move": sum(sent) / moves}
+        page.close()
+
+    data = made_up(256, 30, 6)
+    # A residual stream of one number is enough for a trace to say that it can ask its model.
+    trace = Trace(replace(data, resid_pre=np.zeros((1, 1, 1), np.float32)), Prepared(256, 32))  # type: ignore[arg-type]
+    kept = data.edges
+    rows = np.flatnonzero(kept.destination > 200)[: moves + 2]
+    with serving(Models([], lambda name: None), trace) as address:
+        page, _ = opened(browser, address)
+        times = []
+        for n, r in enumerate(rows.tolist()):
+            layer = int(np.searchsorted(kept.layer_ptr, r, side="right") - 1)
+            picked = {
+                "kind": "attention",
+                "layer": layer,
+                "source": int(kept.source[r]),
+                "position": int(kept.destination[r]),
+            }
+            found = click(
+                page,
+                picked,
+                f"contribution {trace.attention(layer)[picked['position'], picked['source']]:.4f}",
+            )
+            if n >= 2:  # the first ones load the charts' code
+                times.append(found)
+            page.wait_for_timeout(350)
+        result["details"] = {"click to details, ms": statistics.median(times)}
+        page.close()
+
+    models = Models(["slow"], lambda name: Slow())
+    models.put("slow", Slow())  # type: ignore[arg-type]
+    with serving(models, Trace(random_trace(4, tokens=12))) as address:
+        busy, _ = opened(browser, address)
+        other, _ = opened(browser, address)
+        click(other, {"kind": "token", "position": 0}, "t0 [0]")
+        busy.get_by_role("button", name="Trace", exact=True).click()
+        busy.get_by_text("layer").first.wait_for()
+        times = []
+        for n in range(10):
+            times.append(click(other, {"kind": "token", "position": n + 1}, f"t{n + 1} [{n + 1}]"))
+            other.wait_for_timeout(150)
+        result["another"] = {"another's click during a run, ms": statistics.median(times)}
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moves", type=int, default=15)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        print("this needs Chromium", file=sys.stderr)
+        return 2
+    found: dict[str, Any] = {}
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, data in (("141 x 30", made_up(141, 30, 16)), ("1024 x 80", made_up(1024, 80, 4))):
+            found[name] = as_file(browser, data, options.moves)
+        found["14 x 30"] = {
+            "file": {"page, MB": len(route_page(route(made_up(14, 30, 8), -1, 0.04)).encode()) / 1e6}
+        }
+        found["served"] = served(browser, options.moves)
+        found["browser"] = browser.version
+        browser.close()
+    for name, groups in found.items():
+        if isinstance(groups, str):
+            continue
+        for group, figures in groups.items():
+            line = "  ".join(
+                f"{what} {value:,.2f}{'' if value <= LIMITS.get(what, value) else ' > ' + str(LIMITS[what])}"
+                for what, value in figures.items()
+            )
+            print(f"{name:10} {group:12} {line}")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
