@@ -183,18 +183,36 @@ def find_head(model: Any, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
         for hook in hooks:
             hook.remove()
 
-    chain = _chain(seen, states, unembed)
-    if chain is None:
+    found = _chain(seen, states, unembed)
+    if found is None:
         raise StructureError(
             f"{type(model).__name__}: no way was found from the last layer's output to the output embedding"
         )
+    chain, inner = found
     norm = chain[0] if chain and not is_linear(chain[0]) else None
     through = tuple(chain if norm is None else chain[1:])
     raw = next(output for module, _, output in reversed(seen) if module is unembed)
-    scale, softcap = _after(raw[0], logits[0], getattr(model.config, "final_logit_softcapping", None))
-    head = Head(norm, through, unembed, scale, softcap)
-    _verify(head, states[0], logits[0], type(model).__name__)
+    caps = _softcaps(model.config.get_text_config())
+    for cap in caps:
+        scale, softcap = _after(raw[0], logits[0], cap)
+        head = Head(norm, through, unembed, scale * inner, softcap)
+        try:
+            _verify(head, states[0], logits[0], type(model).__name__)
+        except StructureError:
+            if cap is caps[-1]:
+                raise
+        else:
+            break
     return head
+
+
+def _softcaps(config: Any) -> list[float | None]:
+    """What the logits may be capped at, by the names that configurations use; None last: small logits
+    agree with it nearly."""
+    known = config.to_dict()
+    named = [k for k in known if "logit" in k and "cap" in k and not k.startswith(("attn", "attention"))]
+    caps = [float(known[k]) for k in named if isinstance(known[k], (int, float)) and known[k]]
+    return [*caps, None]
 
 
 def _width(model: Any) -> int:
@@ -204,19 +222,35 @@ def _width(model: Any) -> int:
 
 def _chain(
     seen: list[tuple[nn.Module, Tensor, Tensor]], states: Tensor, unembed: nn.Module
-) -> list[nn.Module] | None:
-    """The modules by which `states` became the unembedding's input, in order; walked backwards."""
+) -> tuple[list[nn.Module], float] | None:
+    """The modules by which `states` became the unembedding's input, in order, and the number that what they
+    return is multiplied by on the way; walked backwards."""
     place = next((n for n in range(len(seen) - 1, -1, -1) if seen[n][0] is unembed), None)
     if place is None:
         return None
-    wanted, chain = seen[place][1], []
+    wanted, chain, scale = seen[place][1], [], 1.0
     while not _same(wanted, states):
-        place = next((n for n in range(place - 1, -1, -1) if _same(seen[n][2], wanted)), None)
+        before = range(place - 1, -1, -1)
+        place = next((n for n in before if _same(seen[n][2], wanted)), None)
+        if place is None and not chain:  # a factor between the final norm and the unembedding
+            place = next((n for n in before if _ratio(seen[n][2], wanted) is not None), None)
+            scale = 1.0 if place is None else _ratio(seen[place][2], wanted) or 1.0
         if place is None:
             return None
         chain.append(seen[place][0])
         wanted = seen[place][1]
-    return chain[::-1]
+    return chain[::-1], scale
+
+
+def _ratio(a: Tensor, b: Tensor) -> float | None:
+    """The number by which a, times it, is b; None if there is none."""
+    if a.shape[-1] != b.shape[-1] or a.numel() != b.numel():
+        return None
+    x, y = a.flatten().double(), b.flatten().double()
+    energy = float(x.square().sum())
+    ratio = float((x * y).sum()) / energy if energy > 0 else 0.0
+    rounding = 4 * torch.finfo(b.dtype).eps * float(y.abs().max())
+    return ratio if ratio != 0 and float((y - ratio * x).abs().max()) <= rounding else None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -286,7 +286,7 @@ class _Reader:
             parts = LinearParts(attention.w_o.flatten(0, 1), bias, None, returned)
             parts = self._passage.apply(parts, write.path)
             assert parts.weight is not None
-            w_o = parts.weight.unflatten(0, (H, E))
+            w_o = torch.unflatten(parts.weight, 0, (H, E))
             return AttentionWrite(replace(attention, w_o=w_o, row_scale=parts.row), parts.bias, parts.written)
         parts = self._passage.apply(LinearParts(weight, bias, None, returned), write.path)
         assert parts.weight is not None

@@ -54,9 +54,9 @@ def linear_weight(module: nn.Module, dtype: torch.dtype, device: torch.device, w
 
 def linear_bias(module: nn.Module) -> Tensor | None:
     """[out] or None."""
+    adapter: Any = module
     if isinstance(getattr(module, "base_layer", None), nn.Module):
-        weight = next(module.parameters())
-        zero: Tensor = _at_zero(module, weight, int(module.in_features))
+        zero = _at_zero(module, next(module.parameters()), int(adapter.in_features))
         return zero if bool((zero != 0).any()) else None
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
