@@ -1,7 +1,7 @@
 """Stored blocks of weights to floats: the native decoders, or the `gguf` package's for what they do not know.
 
-Both give the same float32 values to the last bit (tests/native/test_dequant.py). The package's are much slower
-and make several copies in float32, so types that only it knows (Q2_K, Q3_K, the IQ family) are decoded in pieces.
+Both give the same float32 values to the last bit (tests/native/test_dequant.py). The package's are slower and
+make several copies in float32, so what only it knows (Q2_K, Q3_K, the IQ family) is decoded in pieces.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def decode_blocks(
             floats = decode_blocks(kind, piece, torch.float32)
         else:
             try:
-                array = gguf.dequantize(piece.reshape(-1, size), gguf.GGMLQuantizationType[kind])
+                array = gguf.dequantize(piece.reshape(1, -1), gguf.GGMLQuantizationType[kind])
             except NotImplementedError:
                 raise CheckpointError(
                     f"weights are stored as {kind}, which nothing here decodes",

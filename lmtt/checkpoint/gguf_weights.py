@@ -3,9 +3,9 @@
 1. transformers' own table says which stored tensor is which parameter, and its own "tensor processor" of the
    architecture undoes what the file's writer did to the values (rotary rows permuted, experts split, norms
    shifted). Both are called here and never imitated, so there is nothing per model in this file.
-2. `GgufWeights.read` takes one weight's stored bytes from the file with `pread`; `decode` turns them into a
-   tensor. Either may run in any thread. A weight is held in float32 beside its result only where the
-   processor changes it; the others are decoded straight into the result.
+2. `GgufWeights` is a `WeightSource`: `read_into` takes stored bytes from the file, `decode` turns them into a
+   tensor. A weight is held in float32 beside its result only where the processor changes it; the others are
+   decoded straight into the result. Experts that are merged into one parameter are read and decoded alone.
 3. `lazy_state_dict` hands all of them to transformers' loader, which takes them one by one.
 
 Architectures that transformers reads by its newer conversions (`transformers.integrations.gguf`) do not come
@@ -14,7 +14,6 @@ here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,24 +23,46 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lmtt.checkpoint.gguf import Header, TensorInfo
+from lmtt.checkpoint import gguf, source
+from lmtt.checkpoint.disk import WeightFile
 from lmtt.checkpoint.gguf_blocks import decode_blocks
 from lmtt.errors import CheckpointError
 
 _SPELLING = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter and the stored tensors it is made of, in the file's order."""
+    """One parameter and the stored tensors it is made of, in the file's order.
+
+    Its raw bytes are the stored tensors one after another; with `experts`, those of the first expert one
+    after another, then those of the second, and so on.
+    """
 
     name: str
-    stored: tuple[TensorInfo, ...]
+    stored: tuple[gguf.TensorInfo, ...]
+    shape: tuple[int, ...]  # of the parameter
     as_is: bool  # one stored tensor, whose values are the parameter's
 
     @property
     def n_bytes(self) -> int:
         return sum(info.n_bytes for info in self.stored)
+
+    @property
+    def experts(self) -> bool:
+        """The first axis of the parameter and of all that it is made of counts experts."""
+        return len(self.shape) == 3 and all(_shape(info)[0] == self.shape[0] for info in self.stored)
+
+    def pieces(self) -> Iterator[tuple[gguf.TensorInfo, int, int]]:
+        """(stored tensor, offset in the file, bytes), in the order of the raw bytes."""
+        if not self.experts:
+            yield from ((info, info.offset, info.n_bytes) for info in self.stored)
+            return
+        for n in range(self.shape[0]):
+            for info in self.stored:
+                size = info.n_bytes // self.shape[0]
+                yield info, info.offset + n * size, size
 
 
 class _Found(Exception):  # noqa: N818, it is how the question is answered, not an error
@@ -64,58 +85,47 @@ class GgufWeights:
     `config` is what transformers made of the file's metadata: its processors read head counts from it.
     """
 
-    def __init__(self, header: Header, model: torch.nn.Module, config: Mapping[str, Any]) -> None:
+    def __init__(self, header: gguf.Header, model: torch.nn.Module, config: Mapping[str, Any]) -> None:
         from transformers import modeling_gguf_pytorch_utils as legacy
 
-        self.path = header.path
-        architecture = _text(header, "general.architecture")
-        make = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
+        self.name = header.path.name
+        make = legacy.TENSOR_PROCESSORS.get(_architecture(header), legacy.TensorProcessor)
         self._processor = make(config=dict(config))
         self._table: dict[str, str] = legacy.get_gguf_hf_weights_map(model, self._processor)
-        parts: dict[str, list[TensorInfo]] = {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        parts: dict[str, list[gguf.TensorInfo]] = {}
         as_is: dict[str, bool] = {}
         unused = []
         for info in header.tensors:
             name, unchanged = self._destination(info)
-            if name is None:
+            if name is None or name not in shapes:
                 unused.append(info.name)
                 continue
             parts.setdefault(name, []).append(info)
-            as_is[name] = unchanged
-        self._weights = {
-            name: Weight(name, tuple(infos), as_is[name] and len(infos) == 1) for name, infos in parts.items()
-        }
+            as_is[name] = unchanged and _shape(info) == shapes[name]
         self.unused = tuple(unused)  # stored, and no parameter of the model
-        self._file = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.weights = {
+            name: Weight(name, tuple(infos), shapes[name], as_is[name] and len(infos) == 1)
+            for name, infos in parts.items()
+        }
+        self._tensors = {name: _described(weight) for name, weight in self.weights.items()}
+        self._file = WeightFile(header.path, direct=True)
+
+    @property
+    def tensors(self) -> Mapping[str, source.TensorInfo]:
+        return self._tensors
 
     def close(self) -> None:
-        """Give the file back; reading raises from then on."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._file.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            self.close()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def __getitem__(self, name: str) -> Weight:
-        return self._weights[name]
-
-    def _destination(self, info: TensorInfo) -> tuple[str | None, bool]:
+    def _destination(self, info: gguf.TensorInfo) -> tuple[str | None, bool]:
         """The parameter that a stored tensor is (a part of), and whether its values are taken as they are.
 
         The processor is run on an array of the right shape that occupies four bytes.
         """
-        shape = tuple(reversed(info.shape))
-        stand_in = np.broadcast_to(np.float32(0), shape)
+        stand_in = np.broadcast_to(np.float32(0), _shape(info))
         known = self._table.get(info.name)
-        if known is not None and len(shape) == 1:  # small: may as well be processed
+        if known is not None and stand_in.ndim == 1:  # small: may as well be processed
             return known, False
         try:
             with np.errstate(all="ignore"):  # zeros are not what its logarithms were written for
@@ -124,7 +134,7 @@ class GgufWeights:
             return found.name, False
         except (ValueError, KeyError, IndexError) as error:
             raise CheckpointError(
-                f"{info.path.name}: tensor {info.name} of shape {shape} does not fit its architecture",
+                f"{info.path.name}: tensor {info.name} of shape {_shape(info)} does not fit its architecture",
                 remedy="the metadata and the tensors of this file contradict each other",
             ) from error
         return known, result.weights is stand_in and result.name == info.name
@@ -136,57 +146,88 @@ class GgufWeights:
             weights=values, name=name, tensor_key_mapping=table, parsed_parameters={"tensors": tensors}
         )
 
-    def read(self, name: str) -> list[NDArray[np.uint8]]:
-        """The stored bytes of a weight, one array for each of its stored tensors.
+    def read_into(self, tensor: str, raw: memoryview, start: int = 0) -> None:
+        raw = raw.cast("B")
+        end = start + len(raw)
+        at = 0  # of the raw bytes
+        for info, offset, size in self.weights[tensor].pieces():
+            first, last = max(start, at), min(end, at + size)
+            if first < last:
+                self._file.read_into(raw[first - start : last - start], offset + first - at, info.name)
+            at += size
+        if end > at:
+            raise ValueError(f"{tensor} has {at} raw bytes, {end} were asked for")
 
-        Raises
-        ------
-        CheckpointError
-            The file ended, or could not be read.
-        """
-        return [self._pread(info) for info in self._weights[name].stored]
-
-    def _pread(self, info: TensorInfo) -> NDArray[np.uint8]:
-        raw = np.empty(info.n_bytes, np.uint8)
-        view, at = memoryview(raw), info.offset
-        try:
-            while view:
-                got = os.preadv(self._file, [view[: 1 << 30]], at)
-                if not got:
-                    raise CheckpointError(
-                        f"{self.path.name} ended while {info.name} was being read, at byte {at}",
-                        remedy="was the file replaced?",
-                    )
-                view, at = view[got:], at + got
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path.name} cannot be read at byte {at} ({info.name}): {error.strerror}"
-            ) from error
-        return raw
-
-    def decode(self, name: str, raw: list[NDArray[np.uint8]], dtype: torch.dtype) -> Tensor:
-        """The parameter from what `read` returned: dense, on the CPU, rounded once from float32."""
-        weight = self._weights[name]
+    def decode(self, tensor: str, raw: Tensor, out: Tensor, rows: range | None = None) -> None:
+        weight = self.weights[tensor]
+        blocks = raw.numpy()
         if weight.as_is:
-            (info,), (blocks,) = weight.stored, raw
-            return decode_blocks(info.tensor_type.name, blocks, dtype).view(tuple(reversed(info.shape)))
+            kind = weight.stored[0].tensor_type.name
+            if out.device.type == "cpu" and out.is_contiguous():
+                decode_blocks(kind, blocks, out.dtype, out=out)
+            else:
+                out.copy_(decode_blocks(kind, blocks, out.dtype).view(out.shape))
+            return
         tensors: dict[str, Tensor] = {}
-        for info, blocks in zip(weight.stored, raw, strict=True):
-            values = decode_blocks(info.tensor_type.name, blocks, torch.float32).numpy()
-            result = self._process(
-                info.name, values.reshape(tuple(reversed(info.shape))), tensors, self._table
-            )
+        for info, part, shape in _parts(weight, blocks, None if rows is None else len(rows)):
+            values = decode_blocks(info.tensor_type.name, part, torch.float32).numpy()
+            result = self._process(info.name, values.reshape(shape), tensors, self._table)
             if result.name is not None:
-                tensors[name] = torch.from_numpy(np.ascontiguousarray(result.weights))
-        return tensors[name].to(dtype).contiguous()
+                tensors[tensor] = torch.from_numpy(np.ascontiguousarray(result.weights))
+        if tensors[tensor].shape != out.shape:
+            raise CheckpointError(
+                f"{self.name}: {tensor} contradicts the config in shape",
+                expected=tuple(out.shape),
+                got=tuple(tensors[tensor].shape),
+            )
+        out.copy_(tensors[tensor])
 
     def load(self, name: str, dtype: torch.dtype) -> Tensor:
-        """`read` and `decode`."""
-        return self.decode(name, self.read(name), dtype)
+        """`read_into` and `decode` into new memory."""
+        weight = self.weights[name]
+        raw, out = torch.empty(weight.n_bytes, dtype=torch.uint8), torch.empty(weight.shape, dtype=dtype)
+        self.read_into(name, memoryview(raw.numpy()))
+        self.decode(name, raw, out)
+        return out
 
     def lazy_state_dict(self, dtype: torch.dtype) -> dict[str, LazyWeight]:
         """All weights as what transformers' loader takes: read and decoded when it indexes them."""
-        return {name: LazyWeight(self, name, dtype) for name in self}
+        return {name: LazyWeight(self, name, dtype) for name in self.weights}
+
+
+def _shape(info: gguf.TensorInfo) -> tuple[int, ...]:
+    """Outermost first."""
+    return tuple(reversed(info.shape))
+
+
+def _described(weight: Weight) -> source.TensorInfo:
+    kind = weight.stored[0].tensor_type.name
+    return source.TensorInfo(
+        shape=weight.shape,
+        dtype=_PLAIN.get(kind, torch.float32) if weight.as_is else torch.float32,
+        nbytes=weight.n_bytes,
+        position=(0, weight.stored[0].offset),
+        plain=weight.as_is and kind in _PLAIN,
+        rows=weight.as_is or weight.experts,
+    )
+
+
+def _parts(
+    weight: Weight, raw: NDArray[np.uint8], n: int | None
+) -> Iterator[tuple[gguf.TensorInfo, NDArray[np.uint8], tuple[int, ...]]]:
+    """Each stored tensor's bytes and shape, of all or, for experts, of `n` of them."""
+    if not weight.experts:
+        at = 0
+        for info in weight.stored:
+            yield info, raw[at : at + info.n_bytes], _shape(info)
+            at += info.n_bytes
+        return
+    n = weight.shape[0] if n is None else n
+    each, at = raw.reshape(n, -1), 0
+    for info in weight.stored:
+        size = info.n_bytes // weight.shape[0]
+        yield info, np.ascontiguousarray(each[:, at : at + size]), (n, *_shape(info)[1:])
+        at += size
 
 
 @dataclass(frozen=True)
@@ -205,8 +246,8 @@ class LazyWeight:
         return _SPELLING[self.dtype]
 
 
-def _text(header: Header, key: str) -> str:
-    field = header.fields.get(key)
+def _architecture(header: gguf.Header) -> str:
+    field = header.fields.get("general.architecture")
     if field is None or field.types != [8]:
-        raise CheckpointError(f"{header.path.name} names no architecture", expected=key)
-    return str(bytes(field.parts[0]), "utf-8")
+        raise CheckpointError(f"{header.path.name} names no architecture", expected="general.architecture")
+    return str(field.parts[0], "utf-8")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lmtt.checkpoint.gguf import read_header
 from lmtt.checkpoint.gguf_blocks import decode_blocks, decoder
 from lmtt.checkpoint.gguf_lend import fast_reader
+from lmtt.checkpoint.gguf_source import open_gguf
 from lmtt.checkpoint.gguf_weights import GgufWeights
 from lmtt.checkpoint.load import resolve
 from lmtt.errors import CheckpointError
@@ -214,10 +214,8 @@ def from_transformers(path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def open_weights(path: Path, model: torch.nn.Module) -> GgufWeights:
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-
-    return GgufWeights(read_header(path), model, load_gguf_checkpoint(path)["config"])
+def open_weights(path: Path, model: Any) -> GgufWeights:
+    return open_gguf(path, model.config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,12 +233,25 @@ def test_parameters_are_those_that_transformers_reads(path: Path, dtype: torch.d
 
     weights = open_weights(path, want)
     tied = {"lm_head.weight"} if want.config.tie_word_embeddings else set()
-    assert set(weights) == set(dict(want.named_parameters(remove_duplicate=False))) - tied
+    names = sorted(weights.tensors, reverse=True)
+    assert set(names) == set(dict(want.named_parameters(remove_duplicate=False))) - tied
     with ThreadPoolExecutor(4) as pool:  # and in any order, from any thread
-        tensors = pool.map(lambda name: weights.load(name, dtype), reversed(list(weights)))
-        for name, tensor in zip(reversed(list(weights)), tensors, strict=True):
-            assert tensor.is_contiguous()
+        for name, tensor in zip(names, pool.map(lambda name: weights.load(name, dtype), names), strict=True):
             assert torch.equal(tensor, theirs[name]), name
+    for name, info in weights.tensors.items():
+        assert info.shape == tuple(theirs[name].shape)
+        if info.plain:
+            assert info.dtype.itemsize * theirs[name].numel() == info.nbytes
+        if info.rows:  # a range of the first axis, alone
+            size, rows = info.nbytes // info.shape[0], range(1, info.shape[0])
+            raw = torch.empty(size * len(rows), dtype=torch.uint8)
+            weights.read_into(name, memoryview(raw.numpy()), size)
+            out = torch.empty(len(rows), *info.shape[1:], dtype=dtype)
+            weights.decode(name, raw, out, rows)
+            assert torch.equal(out, theirs[name][1:]), name
+    experts = [name for name, info in weights.tensors.items() if len(info.shape) == 3]
+    assert all(weights.tensors[name].rows for name in experts)
+    assert len(experts) == (2 * LAYERS if "qwen" in want.config.model_type else 0)
 
 
 def test_what_is_decoded_straight_and_what_is_not_used(tmp_path: Path) -> None:
@@ -248,24 +259,31 @@ def test_what_is_decoded_straight_and_what_is_not_used(tmp_path: Path) -> None:
         path := write(tmp_path / "m.gguf", "llama"), from_transformers(path, torch.float32)
     )
     assert weights.unused == ("rope_freqs.weight",)
-    assert not weights["model.layers.1.self_attn.q_proj.weight"].as_is  # its rows are permuted
-    assert weights["model.layers.1.mlp.down_proj.weight"].as_is
-    assert weights["model.embed_tokens.weight"].n_bytes == VOCAB * E // 256 * 210
+    assert not weights.tensors["model.layers.1.self_attn.q_proj.weight"].rows  # they are permuted
+    assert weights.tensors["model.layers.1.mlp.down_proj.weight"].rows
+    assert weights.tensors["model.embed_tokens.weight"].nbytes == VOCAB * E // 256 * 210
+    assert weights.tensors["lm_head.weight"].plain
 
 
 def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", "llama")
     weights = open_weights(path, from_transformers(path, torch.float32))
-    last = max(weights, key=lambda name: weights[name].stored[-1].offset)
+    last = max(weights.tensors, key=lambda name: weights.tensors[name].position)
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 100)
-    with pytest.raises(
-        CheckpointError, match=r"m\.gguf ended while blk\.\d\.\S+ was being read, at byte \d+"
-    ):
-        weights.read(last)
+    with pytest.raises(CheckpointError, match=r"m\.gguf ended while it was read \(blk\.\d\.\S+\)"):
+        weights.load(last, torch.float32)
     weights.close()
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        weights.read(last)
+    weights.close()
+
+
+def test_a_file_that_lacks_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, tensors = llama()
+    config = from_transformers(write(tmp_path / "m.gguf", "llama"), torch.float32).config
+    less = [tensor for tensor in tensors if tensor[0] != "blk.1.ffn_up.weight"]
+    monkeypatch.setitem(ARCHITECTURES, "llama", lambda: (facts, less))
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj\.weight"):
+        open_gguf(write(tmp_path / "less.gguf", "llama"), config)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q2_K", "IQ4_NL"])
@@ -279,7 +297,7 @@ def test_blocks_of_any_type_and_dtype(kind: str, dtype: torch.dtype) -> None:
         else np.arange(size, dtype=np.uint8)
     )
     blocks = np.tile(one.reshape(-1), (1 << 20) // values + 3)
-    want = torch.from_numpy(gguf.dequantize(blocks.reshape(-1, size), gguf.GGMLQuantizationType[kind]))
+    want = torch.from_numpy(gguf.dequantize(blocks.reshape(1, -1), gguf.GGMLQuantizationType[kind]))
     assert want.isfinite().all()
     got = decode_blocks(kind, blocks, dtype)
     assert torch.equal(got, want.reshape(-1).to(dtype))
