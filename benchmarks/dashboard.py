@@ -300,15 +300,25 @@ def served(browser: Browser, moves: int) -> dict[str, dict[str, float]]:
     with serving(models, Trace(random_trace(4, tokens=12))) as address:
         busy, _ = opened(browser, address)
         other, _ = opened(browser, address)
-        click(other, {"kind": "token", "position": 0}, "t0 [0]")
+        click(other, {"kind": "token", "position": 0}, "token ·t0 [0]")
         busy.get_by_role("button", name="Trace", exact=True).click()
         busy.get_by_text("layer").first.wait_for()
         times = []
         for n in range(10):
-            times.append(click(other, {"kind": "token", "position": n + 1}, f"t{n + 1} [{n + 1}]"))
+            times.append(click(other, {"kind": "token", "position": n + 1}, f"token ·t{n + 1} [{n + 1}]"))
             other.wait_for_timeout(150)
         result["another"] = {"another's click during a run, ms": statistics.median(times)}
     return result
+
+
+def show(name: str, groups: dict[str, dict[str, float]]) -> None:
+    """One line for each group of figures; what is beyond its limit is marked."""
+    for group, figures in groups.items():
+        line = "  ".join(
+            f"{what} {value:,.2f}{'' if value <= LIMITS.get(what, value) else ' > ' + str(LIMITS[what])}"
+            for what, value in figures.items()
+        )
+        print(f"{name:10} {group:12} {line}", flush=True)
 
 
 def main() -> int:
@@ -325,21 +335,15 @@ def main() -> int:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name, data in (("141 x 30", made_up(141, 30, 16)), ("1024 x 80", made_up(1024, 80, 4))):
             found[name] = as_file(browser, data, options.moves)
+            show(name, found[name])
         found["14 x 30"] = {
             "file": {"page, MB": len(route_page(route(made_up(14, 30, 8), -1, 0.04)).encode()) / 1e6}
         }
         found["served"] = served(browser, options.moves)
+        show("served", found["served"])
+        show("14 x 30", found["14 x 30"])
         found["browser"] = browser.version
         browser.close()
-    for name, groups in found.items():
-        if isinstance(groups, str):
-            continue
-        for group, figures in groups.items():
-            line = "  ".join(
-                f"{what} {value:,.2f}{'' if value <= LIMITS.get(what, value) else ' > ' + str(LIMITS[what])}"
-                for what, value in figures.items()
-            )
-            print(f"{name:10} {group:12} {line}")
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0

@@ -22,6 +22,7 @@ from lmtt.viz.serve import Settings, listen
 from lmtt.viz.state import Policy, Server
 
 PROMPT = "When Mary and John went to the store, John gave a drink to"
+PATIENCE = 180_000  # ms
 SIZES = {"light": (1280, 900), "dark": (1920, 1080)}
 STRONGEST = """(root) => {
   const v = root.view, s = v.store;
@@ -53,22 +54,22 @@ def serve(trace: Any, engine: Any) -> str:
 def dashboard(page: Page, address: str, folder: Path, scheme: str, tabs: tuple[str, ...]) -> None:
     """The details of an edge, and each tab."""
     page.goto(address)
-    page.wait_for_selector(".rv-canvas", timeout=120_000)
+    page.wait_for_selector(".rv-canvas")
     page.locator(".rv").evaluate(STRONGEST)
     page.get_by_text("what head").first.wait_for(timeout=120_000)
     page.wait_for_timeout(1500)
     page.screenshot(path=folder / f"dashboard-{scheme}.png")
     for tab in tabs:
         page.get_by_role("tab", name=tab).click()
-        page.wait_for_function("!document.body.innerText.includes('Asking the model')", timeout=120_000)
-        page.wait_for_timeout(6000)
+        page.get_by_text("One moment").last.wait_for(state="hidden")
+        page.wait_for_timeout(1500)
         page.screenshot(path=folder / f"dashboard-{tab.lower().replace(' ', '-')}-{scheme}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take the pictures of README and docs.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tabs", nargs="*", default=["Logit lens"])
+    parser.add_argument("--tabs", nargs="*", default=["Lens", "Heads"])
     options = parser.parse_args()
     engine = lmtt.load(device="cpu")
     trace = engine.trace(PROMPT)
@@ -79,6 +80,7 @@ def main() -> None:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for scheme, (width, height) in SIZES.items():
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            page.set_default_timeout(PATIENCE)
             dashboard(page, address, options.folder, scheme, tuple(options.tabs))
             page.close()
         page = browser.new_page(viewport={"width": 1500, "height": 1180})

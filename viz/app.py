@@ -24,8 +24,9 @@ from lmtt.viz.script import source
 from lmtt.viz.state import Asked, Server, Shown, State, read_upload, saved
 from lmtt.viz.store import pack
 
+WAIT = "One moment …"
 POLL = 0.1  # seconds between looks at a run's progress
-TABS = ("Details", "Logit lens", "Contrast", "Heads", "Output", "Cost", "Save")
+TABS = ("Details", "Lens", "Contrast", "Heads", "Output", "Cost", "Save")
 EXAMPLE = "When Mary and John went to the store, John gave a drink to"
 WIDE = {"sizing_mode": "stretch_width"}
 
@@ -185,7 +186,7 @@ class Dashboard:
         self.files = self._downloads()
         columns: dict[str, Any] = {
             "Details": self.details.pane,
-            "Logit lens": pn.Column(self.lens_shade, self.bodies["Logit lens"], **WIDE),
+            "Lens": pn.Column(self.lens_shade, self.bodies["Lens"], **WIDE),
             "Contrast": pn.Column(pn.Row(self.target, self.foil, **WIDE), self.bodies["Contrast"], **WIDE),
             "Heads": pn.Column(self.per, self.bodies["Heads"], **WIDE),
             "Output": self.bodies["Output"],
@@ -250,7 +251,7 @@ class Dashboard:
             return
         body, start, dark = self.bodies[name], state.start, state.dark
         depends = {
-            "Logit lens": (start, self.lens_shade.value),
+            "Lens": (start, self.lens_shade.value),
             "Contrast": (start, self.target.value, self.foil.value),
             "Heads": (start, self.per.value, state.threshold),
             "Output": (),
@@ -262,9 +263,7 @@ class Dashboard:
         self._fresh[name] = key
         body.loading = True
         if not body.objects:
-            body[:] = [
-                self._html(tables.sentence("Asking the model …" if trace.has_model else "Reading the run …"))
-            ]
+            body[:] = [self._html(tables.sentence(WAIT))]
         try:
             found = await self._tab(name, trace, start, dark)
         except LmttError as error:
@@ -276,7 +275,7 @@ class Dashboard:
 
     async def _tab(self, name: str, trace: Trace, start: int, dark: bool) -> list[Any]:
         match name:
-            case "Logit lens":
+            case "Lens":
                 return await views.lens(
                     trace, start, self.lens_shade.value, dark, self.ask, self._html, self.pick
                 )
@@ -379,6 +378,16 @@ _THEMES = {
 }
 _MAIN = {"height": "calc(100vh - 68px)", "padding": "10px", "gap": "10px"}
 _LEFT = ":host { flex: 1 1 56%; min-width: 460px; height: 100%; }"
-_TABS = {"& .MuiTab-root": {"minWidth": 0, "px": 1.3, "py": 0.5, "textTransform": "none", "minHeight": 40}}
+_TABS = {
+    "& .MuiTab-root": {
+        "minWidth": 0,
+        "px": 0.9,
+        "py": 0.5,
+        "textTransform": "none",
+        "minHeight": 40,
+        "fontSize": 13,
+    },
+    "& .MuiTabs-scrollButtons.Mui-disabled": {"display": "none"},
+}
 _CHOICE = {"& .MuiButtonBase-root": {"textTransform": "none", "whiteSpace": "nowrap", "py": 0.2}}
 _RIGHT = ":host { flex: 1 1 44%; min-width: 380px; height: 100%; overflow-x: hidden; }"

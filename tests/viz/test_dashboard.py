@@ -109,7 +109,7 @@ def test_every_click_path(watched, serving, models, traced, tmp_path):
     one.pick({"kind": "token", "position": 3})
     one.expect("received: strongest attention edges into it")
 
-    one.tab("Logit lens")
+    one.tab("Lens")
     one.expect("Click a cell for its whole list.")
     one.tab("Contrast")
     logit = traced.logit_contributions(traced.next_tokens(k=1)[0].id).logit
@@ -192,7 +192,7 @@ def test_hostile_tokens_are_shown_harmlessly_everywhere(watched, serving, hostil
         )
         page.get_by_text("received: strongest").wait_for()
         page.wait_for_timeout(150)
-    for tab in ("Logit lens", "Contrast", "Heads", "Output", "Cost"):
+    for tab in ("Lens", "Contrast", "Heads", "Output", "Cost"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(250)
     assert page.title() != "owned"

@@ -221,11 +221,11 @@ def test_every_pick_fills_the_details_without_a_model(server, picked):
 def test_every_tab_fills_without_a_model(server, dark):
     dashboard = Dashboard(server, "a")
     dashboard.state.dark = dark
-    for index, name in enumerate(("Logit lens", "Contrast", "Heads", "Output", "Cost"), 1):
+    for index, name in enumerate(("Lens", "Contrast", "Heads", "Output", "Cost"), 1):
         dashboard.tabs.active = index
         asyncio.run(dashboard.refresh())
         assert len(dashboard.bodies[name]), name
-    assert "opened without its model" in shown_text(dashboard.bodies["Logit lens"])
+    assert "opened without its model" in shown_text(dashboard.bodies["Lens"])
 
 
 def test_files_of_this_machine_can_be_named_on_this_machine_only(server, tmp_path):
