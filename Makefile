@@ -4,6 +4,8 @@
 #   make test    the whole test suite
 #   make test-sanitize   the native kernels' tests under AddressSanitizer and UBSan
 #   make lint    ruff and mypy
+#   make models  sweep every model type of the installed transformers and write docs/models.md
+#   make test-oldest     the tests that touch transformers, on the oldest version that we allow
 #   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
 #   make clean   remove the environment and everything built
 
@@ -17,9 +19,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONSAFEPATH := 1
 export TOKENIZERS_PARALLELISM := false
 
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl)
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo serve test test-sanitize lint bench bench-quick clean setup setup-test setup-bench setup-serve
+.PHONY: demo serve test test-sanitize test-oldest models lint bench bench-quick clean setup setup-test setup-bench setup-serve
 
 setup: $(VENV)/.lmtt-installed
 setup-test: $(VENV)/.lmtt-test-installed
@@ -42,6 +44,8 @@ $(VENV)/.lmtt-test-installed: $(VENV)/.lmtt-installed
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test,lint,graph,tables,dashboard]' build
 	@# Its pinned requirements exclude our transformers; the tests read its graph models only.
 	$(PIP) install -q --no-deps circuit-tracer==0.5.0
+	@# GPU kernels are interpreted and compiled without a GPU, with the version that GPU machines have.
+	$(PIP) install -q --no-deps -c constraints.txt triton
 	@touch $@
 
 $(VENV)/.lmtt-serve-installed: $(VENV)/.lmtt-installed
@@ -74,6 +78,12 @@ test-sanitize: setup-test
 	@# libstdc++ is preloaded too: the sanitizer looks for its __cxa_throw before Python has loaded it.
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 	  OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests/native
+
+test-oldest: setup-test
+	bash tests/packaging/oldest.sh
+
+models: setup-test
+	$(BIN)/python -m lmtt.testing_sweep
 
 lint: setup-test
 	$(BIN)/ruff check .

@@ -53,6 +53,8 @@ OPS: dict[str, Op] = {
 # In the order in which "auto" tries them; the last one takes everything.
 BACKENDS: dict[str, str] = {
     "cpp": "lmtt.kernels.backends.cpp_backend",
+    "cuda": "lmtt.kernels.backends.cuda_backend",
+    "triton": "lmtt.kernels.backends.triton_backend",
     "reference": "lmtt.kernels.backends.reference_backend",
 }
 

@@ -1,0 +1,321 @@
+"""Compiles every GPU kernel ahead of time, without a GPU, and says what each needs and does per element.
+
+    python benchmarks/gpu_aot.py [--full] [--only NAME] [--json FILE]
+
+For sm_80 and sm_90: registers, spills, local and shared memory of every Triton kernel at the tile sizes that
+are shipped, and of every .cu where nvcc is there; and from the machine code the instructions of the innermost
+loop by kind, divided by the elements that it works on. Exits with 1 where anything spills, uses local memory
+or exceeds the chip's shared memory. `--full` compiles every head width; otherwise one of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes that one block may have (163 and 227 KiB)
+WIDTHS = (64, 80, 96, 112, 128, 192, 256)
+
+Types = dict[str, str]
+TENSORS: Types = {
+    **dict.fromkeys(
+        ("v_scale", "w_scale", "lse", "out", "out_g", "per_source", "per_row", "threshold"), "*fp32"
+    ),
+    **dict.fromkeys(
+        ("listed", "whole_norm", "edges", "head_part", "stats", "values", "coefficient"), "*fp32"
+    ),
+    **dict.fromkeys(("norms", "bound", "largest", "exponentials", "u"), "*fp32"),
+    **dict.fromkeys(
+        ("keep_bits", "rows", "bits", "tiles", "pair_head", "pair_source", "pair_row", "u_row", "row"), "*i32"
+    ),
+}
+SCALARS: Types = {
+    **dict.fromkeys(
+        ("count", "heads", "group", "tokens", "window", "width", "pairs", "neurons", "vocabulary"), "i32"
+    ),
+    **dict.fromkeys(("out_head", "mask_head"), "i64"),
+    **dict.fromkeys(("scale", "softcap", "margin"), "fp32"),
+}
+INPUTS = (
+    *("q", "k", "v", "w_o", "whole", "sinks", "mask", "alibi", "row_scale"),
+    *("signs", "w_down", "act", "states", "w_u", "bias"),
+)
+ALIGNED = {"tokens", "width", "count", "neurons", "vocabulary"}  # multiples of 16 in real models
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched."""
+
+    name: str
+    function: Any
+    dtype: str  # of the inputs
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    elements: int  # that one pass of the innermost loop works on, over all threads
+
+
+@dataclass(frozen=True)
+class Report:
+    name: str
+    chip: int
+    registers: int
+    spilled: int  # bytes of stack and local memory, and instructions that touch it
+    shared: int
+    shared_limit: int
+    loop: dict[str, int]  # instructions of the innermost loop by kind, per thread
+    per_element: float  # issued instructions (all threads' lanes) per element of the loop
+
+    @property
+    def wrong(self) -> str | None:
+        if self.spilled:
+            return f"{self.name} on sm_{self.chip} spills or uses local memory ({self.spilled})"
+        if self.shared > self.shared_limit:
+            return f"{self.name} on sm_{self.chip} needs {self.shared} of {self.shared_limit} B shared memory"
+        return None
+
+
+def cases(full: bool, chip: int) -> Iterator[Case]:
+    """Every Triton kernel at the sizes that its launcher uses."""
+    import torch
+
+    from lmtt.kernels.directional_attention import fused as directional
+    from lmtt.kernels.neurons import fused as neurons
+    from lmtt.kernels.proximity import fused as proximity
+    from lmtt.kernels.triton_host import depth_step, tile
+    from lmtt.kernels.unembed_topk import fused as unembed
+
+    plain = {"SOFTCAP": False, "WINDOW": False, "MASK": 0, "ALIBI": False}
+    loaded = {"SOFTCAP": True, "WINDOW": True, "MASK": 2, "ALIBI": True}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        split = name != "fp32"
+        for width in WIDTHS if full else ((128, 80, 256) if split else (64,)):
+            t, step = tile(width, dtype, chip), depth_step(width)
+            heads = {"E": width, "BE": step, "E_V": width, "BE_V": step}
+            sizes = {**heads, "BM": t.BM, "BN": t.BN, "SPLIT": split}
+            some = {"warps": t.warps, "stages": t.stages, "elements": t.BM * t.BN}
+            wide = {**some, "warps": t.screen_warps}
+            yield Case(
+                f"screen_l1 {name} {width}",
+                proximity._screen,
+                name,
+                {**sizes, **plain, "L2": False, "KEEP": True},
+                **wide,
+            )
+            if width == 128 or (not split and not full) or full:
+                yield Case(
+                    f"tiles {name} {width}",
+                    directional._tiles,
+                    name,
+                    {**sizes, **plain, "PER_HEAD": False},
+                    **some,
+                )
+            if width != 128:
+                continue
+            yield Case(
+                f"screen_l1 all features {name} {width}",
+                proximity._screen, name, {**sizes, **loaded, "L2": False, "KEEP": True}, **wide,
+            )  # fmt: skip
+            yield Case(
+                f"screen_l2 {name} {width}",
+                proximity._screen,
+                name,
+                {**sizes, **plain, "L2": True, "KEEP": True},
+                **wide,
+            )
+            yield Case(
+                f"tiles per head {name} {width}",
+                directional._tiles,
+                name,
+                {**sizes, **plain, "PER_HEAD": True},
+                **some,
+            )
+            yield Case(
+                f"row_sums {name} {width}",
+                directional._row_sums,
+                name,
+                {**sizes, **plain, "POSITIVE": True},
+                **some,
+            )
+            yield Case(
+                f"row_logsumexp {name} {width}", directional._row_logsumexp, name,
+                {"E": width, "BE": step, "BM": t.BM, "BN": t.BN, **plain, "SINKS": True}, **some,
+            )  # fmt: skip
+            yield Case(
+                f"dense {name} {width}", proximity._dense, name,
+                {**heads, "BJ": proximity.DENSE_SOURCES,
+                 "BD": proximity.DENSE_DEPTH, **plain, "ROW_SCALE": False},
+                4, 2, 32 * proximity.DENSE_SOURCES * proximity.DENSE_DEPTH,
+            )  # fmt: skip
+            bl = proximity.COEFFICIENT_PAIRS
+            yield Case(
+                f"coefficients {name} {width}", proximity._coefficients, name,
+                {**heads, "BL": bl, "SPLIT": split, **plain, "ROW_SCALE": True}, 4, 3, bl * width,
+            )  # fmt: skip
+        bl, bd = proximity.LIST_PAIRS, proximity.LIST_DEPTH
+        yield Case(f"evaluate {name}", proximity._evaluate, name, {"BL": bl, "BD": bd}, 4, 3, bl * bd)
+        for kernel, n, constants in (
+            (neurons._screen, neurons.tile(dtype, chip), {"ROW_SCALE": False}),
+            (unembed._logits, neurons.tile(dtype, chip, wide=True), {"BIAS": False, "SOFTCAP": False}),
+        ):
+            sizes = {"BM": n.BM, "BN": n.BN, "BD": n.BD}
+            label = "neurons" if kernel is neurons._screen else "logits"
+            yield Case(
+                f"{label} {name}", kernel, name, {**sizes, **constants}, n.warps, n.stages, n.BM * n.BN * n.BD
+            )
+
+
+def compile_triton(case: Case, chip: int) -> Report:
+    """One case for one chip."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    function = case.function
+    own: Types = dict.fromkeys(INPUTS, f"*{case.dtype}")
+    if "SPLIT" in case.constants:
+        own |= dict.fromkeys(("v", "w", "w_low") if case.constants["SPLIT"] else (), "*fp16")
+        own |= dict.fromkeys(("w", "w_low") if not case.constants["SPLIT"] else (), "*fp32")
+    if function.__name__ == "_logits":
+        own["out"] = "*fp32"
+    types = {**TENSORS, **SCALARS, **own}
+    names = function.arg_names
+    signature = {n: "constexpr" if n in case.constants else types[n] for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in ALIGNED
+    }
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in case.constants.items()},
+        attrs=attributes,
+    )
+    compiled = compile(
+        source,
+        target=GPUTarget("cuda", chip, 32),
+        options={"num_warps": case.warps, "num_stages": case.stages},
+    )
+    return inspect(
+        case.name, chip, compiled.asm["cubin"], compiled.metadata.shared, case.elements, case.warps * 32
+    )
+
+
+def compile_cuda(chip: int) -> Iterator[Report]:
+    """Every .cu, one report for each kernel in it; nothing without nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "kernel.cubin"
+            subprocess.run(
+                [nvcc, "-std=c++17", "-O3", "-Icsrc", f"-arch=sm_{chip}", "-cubin", "-o", target, path],
+                cwd=ROOT, check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            yield inspect(path.name, chip, target.read_bytes(), 0, 0, 1)
+
+
+def _tool(name: str) -> str:
+    """Triton brings its own copy of the CUDA binary tools."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def inspect(name: str, chip: int, cubin: bytes, shared: int, elements: int, threads: int) -> Report:
+    """Resources and innermost loop of the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = [_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+        run[1] = "--dump-sass"
+        sass = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    found = {
+        k: [int(n) for n in re.findall(rf"{k}:(\d+)", usage)] for k in ("REG", "STACK", "LOCAL", "SHARED")
+    }
+    touched = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    loop = innermost_loop(sass)
+    return Report(
+        name=name,
+        chip=chip,
+        registers=max(found["REG"], default=0),
+        spilled=sum(found["STACK"]) + sum(found["LOCAL"]) + touched,
+        shared=max(shared, *found["SHARED"], 0),
+        shared_limit=SHARED_LIMIT[chip],
+        loop=dict(loop),
+        per_element=loop.total() * threads / elements if elements else 0.0,
+    )
+
+
+def innermost_loop(sass: str) -> Counter[str]:
+    """Instructions by name of the longest loop that holds no other: from a backward branch to its target."""
+    lines = [(int(a, 16), text) for a, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+);", sass)]
+    loops = []
+    for at, text in lines:
+        if match := re.search(r"\bBRA(?:\.\w+)*\s.*?(0x[0-9a-f]+)", text):
+            target = int(match[1], 16)
+            if target < at:
+                loops.append((target, at))
+    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    if not inner:
+        return Counter()
+    a, b = max(inner, key=lambda span: span[1] - span[0])
+    names = (
+        re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for at, text in lines if a <= at <= b
+    )
+    return Counter(name for name in names if name != "NOP")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--full", action="store_true", help="every head width")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--chips", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    reports = []
+    for chip in options.chips:
+        for case in cases(options.full, chip):
+            if options.only in case.name:
+                reports.append(compile_triton(case, chip))
+                _print(reports[-1])
+        for report in compile_cuda(chip):
+            if options.only in report.name:
+                reports.append(report)
+                _print(report)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    wrong = [r.wrong for r in reports if r.wrong]
+    print(
+        "\n".join(wrong) or f"{len(reports)} kernels: no spills, no local memory, shared memory within limits"
+    )
+    sys.exit(bool(wrong))
+
+
+def _print(report: Report) -> None:
+    loop = " ".join(f"{k}:{n}" for k, n in Counter(report.loop).most_common(8))
+    print(
+        f"sm_{report.chip} {report.name:34} {report.registers:4} registers, {report.spilled} spilled, "
+        f"{report.shared:7} B shared, {report.per_element:6.2f} instructions per element; {loop}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What the Triton kernels need on the host side: operands in the form that they read, tile sizes, chunks.
+
+16-bit operands. The pattern needs q.k, whose factors are as given. <v, W_O r> needs W_O r in full float32,
+which a tensor core does not take: it is split into two float16 terms, 22 bits together. v and each W_O r are
+first multiplied by a power of two that puts their largest entry near 2^14, so that nothing that matters
+underflows; bfloat16 fits float16 exactly after that. float32 operands are used as they are.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtt.kernels.numerics import ieee_matmul
+from lmtt.kernels.types import Attention
+
+HEADROOM = 14  # exponent of the largest entry of a scaled float16 operand; float16 reaches 2^16
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret kernels, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of one kernel's tile, and how Triton is to compile it."""
+
+    BM: int  # destinations
+    BN: int  # sources
+    warps: int
+    stages: int
+    screen_warps: int = 8  # its epilogue holds several tiles of numbers at once
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def depth_step(width: int) -> int:
+    """How much of a head is multiplied at a time: the largest divisor, so that 80 or 96 waste nothing."""
+    return next((step for step in (64, 32, 16) if width % step == 0), 16)
+
+
+def chip(tensor: Tensor) -> int:
+    """Compute capability of a tensor's device, 90 for 9.0; of no matter where kernels are interpreted."""
+    if not tensor.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
+    """Tile of the attention kernels for heads of this width (the wider of key and value).
+
+    Sizes at which the compiler neither spills nor exceeds the shared memory of sm_80 and sm_90
+    (tests/gpu/test_aot.py holds every one of them to that).
+    """
+    if interpreted():
+        return Tile(32, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 2, screen_warps=4) if width > 128 else Tile(32, 64, 8, 2)
+    if chip < 90 or width > 128:
+        return Tile(32, 64, 4, 2)
+    return Tile(64, 64, 4, 2)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(high, low, scale): float16 terms [..., n] and float32 [...] with x = (high + low) * scale."""
+    largest = x.abs().amax(-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent - HEADROOM
+    exponent = exponent.masked_fill((largest == 0) | ~largest.isfinite(), 0)
+    scaled = torch.ldexp(x, -exponent)
+    high = scaled.half()
+    low = (scaled - high).half()
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return high, low, scale[..., 0].contiguous()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, n] @ b [k, n]^T in float32, exact but for the order of sums.
+
+    On CUDA 16-bit b stays as it is: a float32 `a` that 16 bits do not hold is split into as many terms of b's
+    dtype as it takes, each multiplied by the library on tensor cores with a float32 result.
+    """
+    if b.dtype == torch.float32 or not b.is_cuda:
+        with ieee_matmul():
+            return a.float() @ b.float().T
+    if a.dtype == b.dtype:
+        return torch.mm(a, b.T, out_dtype=torch.float32)
+    rest, terms = a.float(), []
+    for _ in range(3):
+        terms.append(rest.to(b.dtype))
+        rest = rest - terms[-1].float()
+        if not bool(rest.any()):
+            break
+    out = torch.mm(terms[-1], b.T, out_dtype=torch.float32)
+    for term in reversed(terms[:-1]):
+        out += torch.mm(term, b.T, out_dtype=torch.float32)
+    return out
+
+
+@dataclass(frozen=True)
+class Directions:
+    """W_O[h] @ r[i], times gate and row_scale, for some destinations, as the kernels read it."""
+
+    w: Tensor  # [R, H, E_v], float32, or the high float16 term
+    w_low: Tensor  # the low term, or `w` again
+    w_scale: Tensor  # [R, H], or `w` again
+
+
+@dataclass(frozen=True)
+class Operands:
+    """One attention as the kernels read it; `arguments` are what all of them take."""
+
+    attention: Attention
+    v: Tensor  # [H_kv, T, E_v], float32 or scaled float16
+    v_scale: Tensor  # [H_kv, T]
+    tile: Tile
+    arguments: dict[str, Any]
+
+    @property
+    def split(self) -> bool:
+        return self.v.dtype == torch.float16
+
+    def directions(self, direction: Tensor, rows: Tensor) -> Directions:
+        """For direction [R, D] of destinations `rows` [R]."""
+        a = self.attention
+        heads, width, d_model = a.w_o.shape
+        w = product(direction, a.w_o.reshape(heads * width, d_model)).view(-1, heads, width)
+        if a.gate is not None:
+            w *= a.gate[rows]
+        if a.row_scale is not None:
+            w *= a.row_scale[rows, None, None]
+        if not self.split:
+            return Directions(w.contiguous(), w, w)
+        return Directions(*split(w))
+
+
+def operands(attention: Attention) -> Operands:
+    """Contiguous copies where needed; v as float16 with a scale of each source where inputs are 16-bit."""
+    a = attention
+    v, v_scale = a.v.contiguous(), a.v
+    if a.q.dtype != torch.float32:
+        v, _, v_scale = split(a.v.float())
+    width = max(a.q.shape[2], a.v.shape[2])
+    mask = a.mask
+    if mask is not None:
+        if mask.shape[0] > 1 and mask.stride(0) == 0:
+            mask = mask[:1]
+        mask = mask.contiguous()
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    arguments = {
+        "q": a.q.contiguous(),
+        "k": a.k.contiguous(),
+        "group": a.group,
+        "tokens": a.q.shape[1],
+        "scale": float(a.scale),
+        "softcap": float(a.softcap or 1.0),
+        "window": int(a.window or 0),
+        "mask": a.q if mask is None else mask,
+        "mask_head": 0 if mask is None or mask.shape[0] == 1 else mask.shape[1] * mask.shape[2],
+        "alibi": a.q if a.alibi is None else a.alibi.contiguous(),
+        "E": a.q.shape[2],
+        "BE": depth_step(a.q.shape[2]),
+        "SOFTCAP": a.softcap is not None,
+        "WINDOW": a.window is not None,
+        "MASK": 0 if mask is None else 1 if mask.dtype == torch.uint8 else 2,
+        "ALIBI": a.alibi is not None,
+    }
+    return Operands(a, v, v_scale, tile(width, a.q.dtype, chip(a.q)), arguments)
+
+
+def chunks(rows: Tensor, step: int, work: Callable[[Tensor], None]) -> None:
+    """`work` on `step` rows at a time; half as many whenever the device runs out of memory, and says so."""
+    done = 0
+    while done < len(rows):
+        some = rows[done : done + step]
+        try:
+            work(some)
+        except torch.OutOfMemoryError:
+            if step == 1:
+                raise
+            step = max(1, step // 2)
+            torch.cuda.empty_cache()
+            warnings.warn(
+                f"lmtt: out of device memory with {len(some)} rows at a time; going on with {step}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            continue
+        done += len(some)
+
+
+def pieces(n: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover n."""
+    for start in range(0, n, step):
+        yield slice(start, min(n, start + step))
