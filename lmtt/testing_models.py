@@ -122,6 +122,54 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 8,
         },
     ),
+    "bitnet": ("BitNetConfig", _GQA),  # a norm between the attention and W_O
+    "diffllama": ("DiffLlamaConfig", {**_GQA, "num_hidden_layers": 2}),  # a difference of two attentions
+    "doge": ("DogeConfig", {**_GQA, "num_hidden_layers": 2}),  # the stream itself rescaled by channel
+    "gpt_neox_japanese": (  # a bias added beside the attention, in the last layer only
+        "GPTNeoXJapaneseConfig",
+        {**_BASE, "num_hidden_layers": 2, "intermediate_multiple_size": 2},
+    ),
+    "llama4": (  # experts in one batched product, the router's weight on their input; chunked attention
+        "Llama4TextConfig",
+        {
+            **_MOE,
+            "num_hidden_layers": 2,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "attention_chunk_size": WINDOW,
+        },
+    ),
+    "gemma4": (  # three additions, then a factor on all of it; keys and values shared between layers
+        "Gemma4TextConfig",
+        {
+            **_GQA,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+    "qwen3_next": (  # linear attention in one layer, gated attention in the other
+        "Qwen3NextConfig",
+        {
+            **_MOE,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {**_MOE, "num_local_experts": 4, "head_dim": 8, "sliding_window": WINDOW},
@@ -163,7 +211,8 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
     """Give every parameter random, non-constant values of a size at which it matters.
 
     Matrices N(0, 0.25 or so), biases N(0, 0.5), norm weights U(0.5, 1.5) where they start at one and
-    U(-0.5, 0.5) where they start at zero (the 1 + weight convention), sinks N(0, 1).
+    U(-0.5, 0.5) where they start at zero (the 1 + weight convention), sinks N(0, 1). Stored buffers, such as
+    a router's correction or a layer's scale, are moved by U(-0.5, 0.5).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -183,6 +232,11 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
             else:
                 value = draw(parameter.shape) * 0.5
             parameter.copy_(value.to(parameter.dtype))
+        stored = model.state_dict()
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():
+                moved = buffer.double() + draw(buffer.shape, uniform=True) - 0.5
+                buffer.copy_(moved.to(buffer.dtype))
 
 
 def tiny_prompt(tokens: int = TOKENS, seed: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ from lmtt.testing_models import CONFIGS, WINDOW, tiny_model, tiny_prompt
 
 ADDITIVE = [name for name in CONFIGS if name != "opt_post_norm"]
 # Models whose post-norms or softmaxes compute in float32 even where the model is float64.
-FLOAT32_INSIDE = {"gemma2", "gemma3", "olmo2", "glm4", "bloom", "afmoe"}
+FLOAT32_INSIDE = {"gemma2", "gemma3", "gemma4", "olmo2", "glm4", "bloom", "bitnet", "afmoe"}
 
 
 @pytest.mark.parametrize("name", ADDITIVE)
@@ -151,6 +151,14 @@ MUTATIONS: dict[str, tuple[str, Callable[[Any, CapturedLayer], CapturedLayer]]] 
         lambda _m, layer: _changed(layer, MlpWrite, lambda w: replace(w, bias=None)),
     ),
     "attention's gate ignored": ("afmoe", lambda _m, layer: _with_attention(layer, gate=None)),
+    "a norm between attention and W_O ignored": (
+        "bitnet",
+        lambda _m, layer: _with_attention(layer, gate=None),
+    ),
+    "the subtracted half of differential attention added": (
+        "diffllama",
+        lambda _m, layer: _with_attention(layer, w_o=layer.stages[0].writes[0].attention.w_o.abs()),
+    ),
     "heads in another order": (
         "llama",
         lambda _m, layer: _with_attention(layer, w_o=layer.stages[0].writes[0].attention.w_o.flip(0)),
@@ -166,6 +174,104 @@ def test_leaving_a_feature_out_does_not_close(what: str, run_captured: Callable[
     check_closure(layer, full=True)
     with pytest.raises(ClosureError, match=r"layer 0, (attention|mlp): .* at most 1.0e-05, got"):
         check_closure(mutate(model, layer), full=True)
+
+
+def test_a_constant_added_beside_the_attention_is_its_bias(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("gpt_neox_japanese")
+    last = run_captured(model).captured[-1]
+    bias = model.gpt_neox_japanese.layers[-1].attention.dense_bias
+    (write,) = last.stages[0].writes
+    assert torch.allclose(write.bias, bias.expand_as(write.written))
+    with pytest.raises(ClosureError, match="attention"):
+        check_closure(_changed(last, AttentionWrite, lambda w: replace(w, bias=None)), full=True)
+
+
+@pytest.mark.parametrize("name", ["doge", "gemma4"])
+def test_a_rescaled_stream_is_carried_along(name: str, run_captured: Callable[..., Any]) -> None:
+    layer = run_captured(tiny_model(name)).captured[0]
+    number, stage = next((n, s) for n, s in enumerate(layer.stages) if s.carry is not None)
+    before = layer.stages[number - 1].whole if number else None
+    if before is not None:
+        assert torch.allclose(stage.base, before * stage.carry)
+    unscaled = replace(stage, base=stage.base / stage.carry)
+    with pytest.raises(ClosureError, match="resid_"):
+        check_closure(
+            replace(layer, stages=(*layer.stages[:number], unscaled, *layer.stages[number + 1 :])), full=False
+        )
+
+
+def test_experts_in_one_batched_product_are_neurons(run_captured: Callable[..., Any]) -> None:
+    model = tiny_model("llama4")
+    moe = model.model.layers[0].feed_forward
+    seen = []
+    hook = moe.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    (write,) = run_captured(model).captured[0].stages[1].writes
+    hook.remove()
+    x = seen[-1].reshape(11, -1)
+    with torch.no_grad():
+        scores, _ = moe.router(x)
+        gate, up = ((x[3] * scores[3, 2]) @ moe.experts.gate_up_proj[2]).chunk(2)
+        expected = up * moe.experts.act_fn(gate)
+    assert write.act.shape == (11, 4 * 48 + 48)  # the shared expert's neurons come last
+    assert torch.allclose(write.act[3].view(5, 48)[2], expected, atol=1e-6)
+    assert torch.equal(write.w_down[:48], moe.experts.down_proj[0])
+
+
+class _Attends(nn.Module):
+    """hidden + out(between(attention)) * scale, four heads of two."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        self.qkv, self.out, self.between, self.scale = nn.Linear(8, 24), nn.Linear(8, 8), between, scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, 4, 2)).permute(2, 0, 3, 1, 4)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return hidden + self.out(self.between(z.transpose(1, 2).flatten(2))) * self.scale
+
+
+def _crossed(z: torch.Tensor) -> torch.Tensor:
+    """The halves swapped, one taken from the other, times constants."""
+    one, two = z.chunk(2, -1)
+    return torch.cat([two - 0.3 * one, one * 2.0], -1)
+
+
+def _swapped(z: torch.Tensor) -> torch.Tensor:
+    one, two = z.chunk(2, -1)
+    return torch.cat([two * -0.3, one * 2.0], -1)
+
+
+def test_what_lies_between_attention_and_its_linear_map_is_found_by_probing() -> None:
+    torch.manual_seed(0)
+    layer, hidden = _Attends(_swapped), torch.randn(1, 7, 8)
+    structure = discover_layer(layer, hidden)
+    (found,) = structure.writes
+    assert (found.kind, found.module, found.through) == ("attention", "out", True)
+    _, captured = capture_layer(layer, structure, 0, hidden)
+    check_closure(captured, full=True)
+
+
+@pytest.mark.parametrize(("between", "words"), [(torch.tanh, "not linear"), (_crossed, "copies some of it")])
+def test_what_is_not_of_that_form_is_refused_or_let_in_as_one_part(
+    between: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    torch.manual_seed(0)
+    layer, hidden = _Attends(between), torch.randn(1, 7, 8)
+    with pytest.raises(StructureError, match=words):
+        capture_layer(layer, discover_layer(layer, hidden), 0, hidden)
+    _, captured = capture_layer(layer, discover_layer(layer, hidden, opaque=True), 0, hidden)
+    check_closure(captured, full=True)
+    (write,) = captured.stages[0].writes
+    assert isinstance(write, OpaqueWrite)
+    assert words in write.reason
+
+
+def test_factors_are_read_at_each_layer_not_remembered_from_the_first() -> None:
+    torch.manual_seed(0)
+    first, other = (_Attends(lambda z: z, scale) for scale in (0.5, 3.0))
+    hidden = torch.randn(1, 7, 8)
+    _, captured = capture_layer(other, discover_layer(first, hidden), 1, hidden)
+    check_closure(captured, full=True)
 
 
 def test_a_missing_write_does_not_close_even_without_the_full_check(run_captured: Callable[..., Any]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lmtt.errors import StructureError
-from lmtt.structure.modules import linear_bias, linear_weight, linearise_norm
+from lmtt.structure.modules import is_linear, linear_bias, linear_weight, linearise_norm
 
 
 class _OnePlusWeight(nn.Module):
@@ -72,15 +72,30 @@ class _Packed(nn.Linear):
         return input @ self.matrix + self.bias
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "packed"])
+class _Adapted(nn.Module):
+    """Stands for an adapter of low rank around a linear map."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer, self.in_features = base, 6
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x) + 0.5 * self.up(self.down(x))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D", "packed", "adapted"])
 def test_matrix_of_a_linear_map(kind: str) -> None:
     torch.manual_seed(0)
     module = {
         "Linear": nn.Linear(6, 4),
         "Conv1D": Conv1D(4, 6),
         "packed": _Packed(torch.randn(6, 4)),
+        "adapted": _Adapted(nn.Linear(6, 4)),
     }[kind]
     x = torch.randn(5, 6)
+    assert is_linear(module)
     weight = linear_weight(module, torch.float32, x.device, 6)
     bias = linear_bias(module)
     assert weight.shape == (6, 4)
