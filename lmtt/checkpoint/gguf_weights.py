@@ -186,7 +186,7 @@ class GgufWeights:
         """`read_into` and `decode` into new memory."""
         weight = self.weights[name]
         raw, out = torch.empty(weight.n_bytes, dtype=torch.uint8), torch.empty(weight.shape, dtype=dtype)
-        self.read_into(name, memoryview(raw.numpy()))
+        self.read_into(name, raw.numpy().data)
         self.decode(name, raw, out)
         return out
 
