@@ -280,6 +280,38 @@ def innermost_loop(sass: str) -> Counter[str]:
     return Counter(name for name in names if name != "NOP")
 
 
+# An H100 SXM: processors, clock in GHz under load, and its dense bf16 rate as measured for large products
+# (multiply-adds count two). 128 instructions of 32-bit arithmetic are issued per processor and clock.
+PROCESSORS, CLOCK, TENSOR_RATE = 132, 1.755e9, 790e12
+SHAPES = {  # heads, d_head, d_model, d_mlp, and parameters per layer
+    "llama-3-8b": (32, 128, 4096, 14336, 218.1e6),
+    "llama-3-70b": (64, 128, 8192, 28672, 855.6e6),
+}
+
+
+def predict(reports: list[Report]) -> Iterator[str]:
+    """Lower bounds of times on an H100 from the sm_90 code: issue slots or tensor cores, whichever is longer.
+
+    The loop's instructions include branches that few tiles take: of its kind issue is an upper estimate.
+    """
+    per = {r.name: r.per_element for r in reports if r.chip == 90}
+    issue = PROCESSORS * 128 * CLOCK
+    yield "milliseconds        T  tile pass  log-sum-exp   screen  neurons   flash   layer"
+    for shape, (heads, width, d_model, d_mlp, parameters) in SHAPES.items():
+        for tokens in (2048, 4096, 8192):
+            pairs = heads * tokens * (tokens + 64) / 2
+            times = {}
+            for kernel, products in (("tiles", 3), ("row_logsumexp", 1), ("screen_l1", 3)):
+                slots = pairs * per[f"{kernel} bf16 128"] / issue
+                times[kernel] = max(slots, 2 * products * pairs * width / TENSOR_RATE)
+            neurons = 2.0 * tokens * d_model * d_mlp / TENSOR_RATE
+            flash = 2 * 2 * pairs * width / TENSOR_RATE
+            layer = 2 * parameters * tokens / TENSOR_RATE + flash
+            shown = (times["tiles"], times["row_logsumexp"], times["screen_l1"], neurons, flash, layer)
+            a, b, c, d, e, f = (1e3 * t for t in shown)
+            yield f"{shape:12} {tokens:6} {a:10.2f} {b:12.2f} {c:8.2f} {d:8.2f} {e:7.2f} {f:7.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -288,7 +320,13 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--chips", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--predict", type=Path, metavar="FILE", help="only print predictions from such a file"
+    )
     options = parser.parse_args()
+    if options.predict:
+        print(*predict([Report(**r) for r in json.loads(options.predict.read_text())]), sep="\n")
+        return
     reports = []
     for chip in options.chips:
         for case in cases(options.full, chip):

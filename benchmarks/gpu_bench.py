@@ -6,8 +6,8 @@ For each shape and length: SDPA's flash forward and the layer's own forward (the
 pass given W_O r and the log-sum-exp, these two alone, attention and neurons of one layer screened
 and at screen 0, and where they fit a materialised torch decomposition and a chunked one. Attention patterns
 have a sink, a local band and a few far heads, never noise alone; peak memory beyond the inputs is measured
-too. Each figure is the median of repetitions timed with device events after a warm-up; shapes that time does not allow
-are listed as such.
+too. Each figure is the median of repetitions timed with device events after a warm-up; shapes that time does
+not allow are listed as such.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor
 from lmtt.kernels.numerics import ieee_matmul
 from lmtt.kernels.types import Attention
 
+SMALL_SHARED = (86, 87, 89, 120, 121)  # chips whose blocks have less than 100 KiB of shared memory
 HEADROOM = 14  # exponent of the largest entry of a scaled float16 operand; float16 reaches 2^16
 
 
@@ -66,7 +67,9 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
         return Tile(32, 16, 4, 1)
     if dtype == torch.float32:
         return Tile(32, 32, 4, 2, screen_warps=4) if width > 128 else Tile(32, 64, 8, 2)
-    if chip < 90 or width > 128:
+    if width > 128 and chip in SMALL_SHARED:
+        return Tile(32, 32, 4, 2)
+    if chip < 90 or width > 128 or chip in SMALL_SHARED:
         return Tile(32, 64, 4, 2)
     return Tile(64, 64, 4, 2)
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lmtt.engine import Engine
 
 GOLDEN = Path(__file__).parent / "golden"
-LAYERS = ("native", "model", "browser", "interpreter", "aot")  # markers of which at least one test must have run in CI
+# markers of which at least one test must have run in CI
+LAYERS = ("native", "model", "browser", "interpreter", "aot")
 _passed: Counter[str] = Counter()
 
 

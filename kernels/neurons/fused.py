@@ -107,7 +107,10 @@ def neuron_contributions(task: NeuronTask, *, evaluate: Evaluator = evaluate_lis
     norms = torch.cat([w_down[f].float().abs().sum(-1) for f in pieces(neurons, 4096)])
     # Per neuron: bound, exact value and a mask, two copies that the search of the top k makes, the list.
     row_bytes = neurons * (4 * 4 + 2) + int(neurons * 48 * (0.5 if task.screen == 0 else 0.05))
-    step = max(1, task.workspace // 2 // (row_bytes + 10 * task.whole.shape[1] * 4))
+    step = max(
+        tile(w_down.dtype, chip(task.act)).BM,
+        task.workspace // 2 // (row_bytes + 10 * task.whole.shape[1] * 4),
+    )
 
     def work(rows: Tensor) -> None:
         here = slice(int(rows[0]), int(rows[-1]) + 1)

@@ -53,7 +53,7 @@ HUGE = tl.constexpr(1e18)  # of a part in units of the row: its square is still 
 COEFFICIENT_PAIRS = 32  # of one program of `_coefficients`
 LIST_PAIRS, LIST_DEPTH = 4, 512  # tile of `_evaluate`
 LEAST_SOURCES = 64  # whose u are formed at once, whatever the workspace: fewer are no matrix product
-LEAST_LISTED = 4096  # pairs evaluated at once, likewise
+LEAST_LISTED = 1 << 14  # pairs evaluated at once, likewise
 OTHER_ROWS = 128  # destinations whose residual, bias and others are evaluated at once
 LISTED_BYTES = 48  # per listed pair: indices, coefficient, value and what sorting them takes
 
