@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib import metadata, util
-from itertools import groupby
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf", "triton", "networkx", "panel", "bokeh")
@@ -72,37 +71,12 @@ def _demo() -> str:
 
 
 def structure(model: Any) -> Iterator[str]:
-    """One picture for each run of layers that are alike."""
+    """What a model is, and a picture of each kind of layer (see `lmtt.picture`)."""
     from lmtt.engine import Engine, load
+    from lmtt.picture import draw
 
     engine = model if isinstance(model, Engine) else load(model)
     i = engine.info
-    yield f"{i.name} ({i.model_type}): {i.n_layers} layers, d_model {i.d_model}, vocabulary {i.d_vocab}"
-    heads = f"{i.n_heads} heads of {i.d_head}, {i.n_key_value_heads} key/value heads"
-    yield f"  {heads}, d_mlp {i.d_mlp}, {i.dtype}"
-    proved = engine.structures()
-    for known, group in groupby(enumerate(proved), key=lambda item: item[1].structure):
-        members = list(group)
-        first, last = members[0][0], members[-1][0]
-        yield f"layers {first} to {last}" if last > first else f"layer {first}"
-        yield "  resid_pre"
-        for number in range(known.stages):
-            for write in known.writes:
-                if write.stage == number:
-                    worst = max((m.error(write.kind) for _, m in members), default=0.0)
-                    yield f"    + {_describe(write)}   closes to {worst:.1e}"
-            name = "resid_post" if number == known.stages - 1 else "resid_mid"
-            yield f"  = {name}   closes to {max(m.error(name) for _, m in members):.1e}"
-        if known.attention_source is not None:
-            yield f"  attention seen through: {known.attention_source} ({known.attention_module})"
-
-
-def _describe(write: Any) -> str:
-    text = f"{write.kind} by {write.module}"
-    if write.post_norm:
-        text += f", then {write.post_norm} held at its statistics"
-    if write.scale != 1:
-        text += f", times {write.scale:g}"
-    if write.gated:
-        text += ", gated"
-    return text + (f" ({write.note})" if write.note else "")
+    size = f"{i.n_layers} layers, d_model {i.d_model}, vocabulary {i.d_vocab}, {i.dtype}"
+    yield f"{i.name} ({i.model_type}): {size}"
+    yield from draw(engine)

@@ -512,8 +512,13 @@ class Engine:
             self._structures[key] = admit(layer, found, index, *given) if self._opaque else found
         return self._structures[key]
 
-    def structures(self) -> list[ProvedLayer]:
-        """What each layer adds to the stream and by which modules, proved on a run over a few tokens."""
+    def structures(
+        self, look: Callable[[LayerStructure, CapturedLayer], None] | None = None
+    ) -> list[ProvedLayer]:
+        """What each layer adds to the stream and by which modules, proved on a run over a few tokens.
+
+        look: is shown every captured layer before it is checked, one that does not close included.
+        """
         ids = torch.arange(PROOF_TOKENS, device=self._device())[None] % self.info.d_vocab
         result = []
         with watching(self.model), torch.no_grad():
@@ -523,6 +528,8 @@ class Engine:
                 structure = self._structure(index, layer, hidden, calls)
                 call = calls.calls[index]
                 hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
+                if look is not None:
+                    look(structure, captured)
                 result.append(ProvedLayer(structure, check_closure(captured, full=True)))
         return result
 

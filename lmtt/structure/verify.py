@@ -32,25 +32,32 @@ class Closure:
 
 
 @torch.no_grad()
-def check_closure(captured: CapturedLayer, full: bool, bound: float | None = None) -> tuple[Closure, ...]:
-    """Check every sum of one captured layer; return what was measured.
+def measure_closure(
+    captured: CapturedLayer, full: bool, bound: float | None = None
+) -> tuple[tuple[Closure, ...], ...]:
+    """The closure of every sum of one captured layer: by stage its sublayers, in their order, then its own.
 
     full: also form every attention's and MLP's parts from A (recomputed from q and k), v, W_O, act and
     W_down, accumulated in float64 for float64 models and float32 otherwise. Costs about a third of the
     layer's forward. Without it only the stages are summed, O(T D).
     bound: for the sublayers, in place of SUBLAYER_BOUND.
-    Raises ClosureError naming layer, sublayer, error and bound for the first sum that does not close
-    (a NaN does not close).
     """
     results = []
     for number, stage in enumerate(captured.stages):
-        if full:
-            results += [
-                _write_closure(captured.index, write, bound)
-                for write in stage.writes
-                if isinstance(write, (AttentionWrite, MlpWrite))
-            ]
-        results.append(_stage_closure(captured.index, number == len(captured.stages) - 1, stage))
+        sums = [
+            _write_closure(captured.index, write, bound)
+            for write in stage.writes
+            if full and isinstance(write, (AttentionWrite, MlpWrite))
+        ]
+        sums.append(_stage_closure(captured.index, number == len(captured.stages) - 1, stage))
+        results.append(tuple(sums))
+    return tuple(results)
+
+
+def check_closure(captured: CapturedLayer, full: bool, bound: float | None = None) -> tuple[Closure, ...]:
+    """`measure_closure`, flat; raises ClosureError naming layer, sublayer, error and bound for the first sum
+    that does not close (a NaN does not close)."""
+    results = tuple(closure for stage in measure_closure(captured, full, bound) for closure in stage)
     for result in results:
         if not result.error <= result.bound:
             raise ClosureError(
@@ -59,7 +66,7 @@ def check_closure(captured: CapturedLayer, full: bool, bound: float | None = Non
                 got=f"{result.error:.1e}",
                 remedy="this model's layers hold something that is not understood here",
             )
-    return tuple(results)
+    return results
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

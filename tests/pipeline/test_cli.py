@@ -271,8 +271,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], model_folder: Path) -> None:
     assert main(["doctor", str(model_folder)]) == 0
     out, _ = capsys.readouterr()
     assert "backend reference: yes" in out
-    assert "attention by self_attn.o_proj" in out
-    assert "resid_mid" in out
+    assert "├── attention: self_attn.o_proj" in out
+    assert "⊕ resid_mid" in out
 
 
 def test_version_and_help() -> None:
