@@ -213,6 +213,10 @@ def compile_triton(case: Case, chip: int) -> Report:
     )
 
 
+# Of each .cu the kernel whose loop is reported, and how many elements a pass of it works on per thread.
+CUDA_LOOPS = {"evaluate.cu": ("evaluateIf13__nv_bfloat16", 8)}
+
+
 def compile_cuda(chip: int) -> Iterator[Report]:
     """Every .cu, one report for each kernel in it; nothing without nvcc."""
     nvcc = shutil.which("nvcc")
@@ -225,7 +229,8 @@ def compile_cuda(chip: int) -> Iterator[Report]:
                 [nvcc, "-std=c++17", "-O3", "-Icsrc", f"-arch=sm_{chip}", "-cubin", "-o", target, path],
                 cwd=ROOT, check=True, capture_output=True, text=True,
             )  # fmt: skip
-            yield inspect(path.name, chip, target.read_bytes(), 0, 0, 1)
+            kernel, unrolled = CUDA_LOOPS.get(path.name, ("", 0))
+            yield inspect(path.name, chip, target.read_bytes(), 0, unrolled, 1, kernel)
 
 
 def _tool(name: str) -> str:
@@ -235,8 +240,10 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
-def inspect(name: str, chip: int, cubin: bytes, shared: int, elements: int, threads: int) -> Report:
-    """Resources and innermost loop of the machine code."""
+def inspect(
+    name: str, chip: int, cubin: bytes, shared: int, elements: int, threads: int, kernel: str = ""
+) -> Report:
+    """Resources of all kernels in the machine code; the innermost loop of the one whose name has `kernel`."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -248,7 +255,8 @@ def inspect(name: str, chip: int, cubin: bytes, shared: int, elements: int, thre
         k: [int(n) for n in re.findall(rf"{k}:(\d+)", usage)] for k in ("REG", "STACK", "LOCAL", "SHARED")
     }
     touched = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    loop = innermost_loop(sass)
+    functions = [f for f in sass.split("Function : ")[1:] if kernel in f.split(maxsplit=1)[0]]
+    loop = innermost_loop(functions[0])
     return Report(
         name=name,
         chip=chip,
@@ -270,14 +278,15 @@ def innermost_loop(sass: str) -> Counter[str]:
             target = int(match[1], 16)
             if target < at:
                 loops.append((target, at))
-    inner = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
-    if not inner:
-        return Counter()
-    a, b = max(inner, key=lambda span: span[1] - span[0])
-    names = (
-        re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for at, text in lines if a <= at <= b
-    )
-    return Counter(name for name in names if name != "NOP")
+    names = {at: re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for at, text in lines}
+    found = []
+    for a, b in loops:
+        within = Counter(name for at, name in names.items() if a <= at <= b and name != "NOP")
+        holds_another = any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
+        # Jumps back from code set aside for calls are no loops.
+        if not holds_another and not within["CALL"] and not within["ENDCOLLECTIVE"]:
+            found.append(within)
+    return max(found, key=Counter.total, default=Counter())
 
 
 # An H100 SXM: processors, clock in GHz under load, and its dense bf16 rate as measured for large products

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ from lmtt.kernels.types import Attention
 
 SMALL_SHARED = (86, 87, 89, 120, 121)  # chips whose blocks have less than 100 KiB of shared memory
 HEADROOM = 14  # exponent of the largest entry of a scaled float16 operand; float16 reaches 2^16
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def interpreted() -> bool:
@@ -74,16 +80,19 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
     return Tile(64, 64, 4, 2)
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(high, low, scale): float16 terms [..., n] and float32 [...] with x = (high + low) * scale."""
+def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, scale [..., 1]) with x = y * scale, a power of two that puts the largest of y near 2^HEADROOM."""
     largest = x.abs().amax(-1, keepdim=True)
     exponent = torch.frexp(largest).exponent - HEADROOM
-    exponent = exponent.masked_fill((largest == 0) | ~largest.isfinite(), 0)
-    scaled = torch.ldexp(x, -exponent)
-    high = scaled.half()
-    low = (scaled - high).half()
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return high, low, scale[..., 0].contiguous()
+    exponent = exponent.masked_fill((largest == 0) | ~largest.isfinite(), 0).clamp_(-120, 120)
+    return torch.ldexp(x, -exponent), torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(high, low, scale): float16 terms [..., n] and float32 [...] with x = (high + low) * scale."""
+    y, scale = scaled(x)
+    high = y.half()
+    return high, (y - high).half(), scale[..., 0].contiguous()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,7 +106,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
             return a.float() @ b.float().T
     if a.dtype == b.dtype:
         return torch.mm(a, b.T, out_dtype=torch.float32)
-    rest, terms = a.float(), []
+    rest, scale = scaled(a.float())
+    terms = []
     for _ in range(3):
         terms.append(rest.to(b.dtype))
         rest = rest - terms[-1].float()
@@ -106,7 +116,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     out = torch.mm(terms[-1], b.T, out_dtype=torch.float32)
     for term in reversed(terms[:-1]):
         out += torch.mm(term, b.T, out_dtype=torch.float32)
-    return out
+    return out.mul_(scale)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ namespace lmtt {
 constexpr int kBlock = 32;  // coordinates that are skipped together: one for each lane of a warp
 
 // relu(t - |y|) with t = x sign(y): what the part x overshoots the whole y by (kernels/proximity/README.md).
-LMTT_DEVICE float excess(float x, float y) {
-  const float over = (std::signbit(y) ? -x : x) - fabsf(y);  // by the sign bit, as numerics.sign
-  return over <= 0.0f ? 0.0f : over;  // NaN stays
-}
+// The sign is that of y's sign bit, as in numerics.sign. NaN gives 0: the pair's g is NaN then, and stays.
+LMTT_DEVICE float excess(float x, float y) { return fmaxf(fmaf(x, copysignf(1.0f, y), -fabsf(y)), 0.0f); }
 
 // Whether a block of coordinates of c u, none larger than |c| u_largest, can exceed |y| >= y_smallest anywhere.
 // False proves that the block overshoots nowhere. NaN answers true.

@@ -12,6 +12,7 @@ import torch
 
 from lmtt.kernels import cuda_library
 from lmtt.kernels.backends import triton_backend
+from lmtt.kernels.triton_host import on_device
 from lmtt.kernels.types import AttentionResult, AttentionTask, NeuronResult, NeuronTask
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
     """See kernels/proximity/fused.py."""
     from lmtt.kernels.proximity import fused
 
-    smallest = cuda_library.block_smallest(task.whole.contiguous())
+    with on_device(task.whole):
+        smallest = cuda_library.block_smallest(task.whole.contiguous())
 
     def lister(bits: Tensor) -> Listed:
         heads, tokens, words = bits.shape
@@ -64,7 +66,8 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
 
         return fused.by_source(chunk, listed, by_u)
 
-    return fused.attention_contributions(task, evaluate=evaluate, lister=lister, dense=False)
+    with on_device(task.whole):
+        return fused.attention_contributions(task, evaluate=evaluate, lister=lister, dense=False)
 
 
 def neuron_contributions(task: NeuronTask) -> NeuronResult:
@@ -77,4 +80,5 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
         smallest = cuda_library.block_smallest(whole)
         return cuda_library.evaluate(w_down, whole, smallest, neuron, row, coefficient, g)
 
-    return fused.neuron_contributions(task, evaluate=evaluate)
+    with on_device(task.whole):
+        return fused.neuron_contributions(task, evaluate=evaluate)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lmtt.kernels.triton_host import interpreted
+from lmtt.kernels.triton_host import interpreted, on_device
 from lmtt.kernels.types import Attention, AttentionResult, AttentionTask, NeuronResult, NeuronTask, TopK
 
 if TYPE_CHECKING:
@@ -78,21 +78,24 @@ def directional_attention(attention: Attention, direction: Tensor, *args: Any, *
     """See kernels/directional_attention/fused.py."""
     from lmtt.kernels.directional_attention.fused import directional_attention as fused
 
-    return fused(attention, direction, *args, **options)
+    with on_device(direction):
+        return fused(attention, direction, *args, **options)
 
 
 def attention_contributions(task: AttentionTask) -> AttentionResult:
     """See kernels/proximity/fused.py."""
     from lmtt.kernels.proximity.fused import attention_contributions as fused
 
-    return fused(task)
+    with on_device(task.whole):
+        return fused(task)
 
 
 def neuron_contributions(task: NeuronTask) -> NeuronResult:
     """See kernels/neurons/fused.py."""
     from lmtt.kernels.neurons.fused import neuron_contributions as fused
 
-    return fused(task)
+    with on_device(task.whole):
+        return fused(task)
 
 
 def unembed_topk(
@@ -101,4 +104,5 @@ def unembed_topk(
     """See kernels/unembed_topk/fused.py."""
     from lmtt.kernels.unembed_topk.fused import unembed_topk as fused
 
-    return fused(x, w_u, k, norm, *args, **options)
+    with on_device(x):
+        return fused(x, w_u, k, norm, *args, **options)
