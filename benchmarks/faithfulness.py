@@ -422,7 +422,7 @@ def tables(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="attribution rankings against zero-ablation")
     parser.add_argument("--prompts", type=int, default=200, help="solved prompts to attribute")
-    parser.add_argument("--ablated", type=int, default=40, help="of these, prompts to ablate every head on")
+    parser.add_argument("--ablated", type=int, default=200, help="of these, prompts to ablate every head on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "faithfulness.json")
