@@ -30,6 +30,7 @@ from lmtt.kernels.directional_attention.fused import launch_tiles, row_logsumexp
 from lmtt.kernels.triton_host import operands
 from lmtt.kernels.types import Attention, AttentionTask, NeuronTask
 
+DEVICE = "cuda"
 WORKSPACE = 1 << 30
 FLASH_LIMIT = 1.6  # of the flash forward's time, for the tile pass at T >= 2048
 
@@ -71,7 +72,7 @@ def milliseconds(work: Callable[[], Any], seconds: float) -> float:
 def layer(shape: Shape, tokens: int) -> tuple[AttentionTask, NeuronTask, Callable[[], Tensor]]:
     """Tasks of one bf16 layer whose parts add up to its wholes, and the layer's forward from q, k, v on."""
     torch.manual_seed(0)
-    s, dtype, device = shape, torch.bfloat16, "cuda"
+    s, dtype, device = shape, torch.bfloat16, DEVICE
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype).mul_(scale)
@@ -150,10 +151,10 @@ def measure_kernels(
     """The regular kernels and their peers; nothing outlives this function."""
     a, tokens = attention.attention, attention.whole.shape[0]
     of = operands(a)
-    rows = torch.arange(tokens, device="cuda")
+    rows = torch.arange(tokens, device=DEVICE)
     signs = torch.where(attention.whole < 0, -1.0, 1.0).to(a.w_o.dtype)
     towards, lse = of.directions(signs, rows), row_logsumexp(of)
-    edges = torch.zeros(tokens, tokens, device="cuda")
+    edges = torch.zeros(tokens, tokens, device=DEVICE)
     flat = a.w_o.reshape(-1, shape.d_model)
     run: dict[str, Callable[[], Any]] = {
         "flash_forward": lambda: scaled_dot_product_attention(
@@ -174,7 +175,7 @@ def measure_kernels(
         result[label] = milliseconds(work, seconds)
     result["tile_pass_over_flash"] = result["tile_pass"] / result["flash_forward"]
     flops = 2.0 * tokens * flat.numel()
-    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     dense = 2 * 8192.0**3 / milliseconds(lambda: square @ square, seconds)
     result["projection_rate_over_gemm"] = flops / result["projection"] / dense
     return result
