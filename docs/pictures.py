@@ -55,6 +55,9 @@ def dashboard(page: Page, address: str, folder: Path, scheme: str, tabs: tuple[s
     """The details of an edge, and each tab."""
     page.goto(address)
     page.wait_for_selector(".rv-canvas")
+    if scheme == "dark":
+        page.locator("header button").last.click()
+        page.wait_for_selector("html[data-theme=dark]")
     page.locator(".rv").evaluate(STRONGEST)
     page.get_by_text("what head").first.wait_for(timeout=120_000)
     page.wait_for_timeout(1500)

@@ -39,7 +39,7 @@ class Dashboard:
         self.owner = owner
         self.state = State()
         self._run: Run[Shown] | None = None
-        self._css = theme.css(".lmtt") + source("dashboard.css")
+        self._css = source("dashboard.css")
         self._form()
         self.route = RouteView(sizing_mode="stretch_both", min_height=420)
         self.details = Details(self.ask, self._css)
@@ -365,7 +365,6 @@ class Dashboard:
             theme_config=_THEMES,
         )
         page.param.watch(lambda e: setattr(self.state, "dark", bool(e.new)), "dark_theme")
-        self.route.param.watch(lambda e: setattr(page, "dark_theme", bool(e.new)), "prefers_dark")
         self.state.dark = bool(page.dark_theme)
         return page
 

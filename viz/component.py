@@ -19,11 +19,9 @@ class RouteView(JSComponent):  # type: ignore[misc] # panel ships no types
     position = param.Integer(default=-1, doc="the start; -1 is the last token")
     picked = param.Dict(default={}, doc="what was clicked: {kind, layer, position, source, site}")
     dark = param.Boolean(default=False)
-    prefers_dark = param.Boolean(default=False, doc="said by the browser: its system is dark")
+    themes = param.String(default=theme.css(":root", system=False), constant=True, doc="CSS for the document")
 
     _esm: ClassVar[str] = bundle("panel.js")
     _stylesheets: ClassVar[list[Any]] = [
-        theme.css(".rv")
-        + source("view.css")
-        + ":host, .rv { height: 100%; } .rv { background: transparent; }"
+        source("view.css") + ":host, .rv { height: 100%; } .rv { background: transparent; }"
     ]

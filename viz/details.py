@@ -19,7 +19,7 @@ import panel as pn
 
 from lmtt.errors import LmttError
 from lmtt.graph.text import quoted, token_label
-from lmtt.trace import Trace
+from lmtt.trace import Site, Trace
 from lmtt.viz import figures, tables
 from lmtt.viz.markup import safe
 
@@ -179,17 +179,15 @@ class Details:
         head = self._title("residual stream", f"{self._named(trace, position)}, {where}")
         if not trace.has_model:
             return [head, self.html(tables.sentence(f"{NO_MODEL} the logit lens."))]
-        at, kind = (0, "pre") if site == "embed" else (layer, site)
-        before = (
-            None
-            if site == "embed"
-            else (layer, "mid" if site == "post" and not trace.data.parallel[layer] else "pre")
-        )
+        at: int = 0 if site == "embed" else layer
+        kind: Site = "pre" if site == "embed" else site
+        split = site == "post" and not trace.data.parallel[layer]
+        before: Site | None = None if site == "embed" else "mid" if split else "pre"
 
         def look() -> tuple[Any, Any, Any]:
             lens = trace.lens(at, position, site=kind, k=LISTED)
             ids = [t.id for t in lens]
-            was = None if before is None else trace.lens_ranks(before[0], position, ids, site=before[1])
+            was = None if before is None else trace.lens_ranks(at, position, ids, site=before)
             said = trace.next_tokens(position, 1)[0]
             final = trace.lens_ranks(at, position, [said.id], site=kind)[0]
             return lens, was, (said, final)

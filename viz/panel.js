@@ -6,9 +6,14 @@ export function render({ model }) {
   const root = document.createElement("div");
   root.style.height = "100%";
   let view = null, loading = 0;
+  // Custom properties are inherited by every pane's shadow root: one place decides how all our own HTML looks.
+  if (!document.getElementById("lmtt-themes")) {
+    const style = Object.assign(document.createElement("style"), { id: "lmtt-themes", textContent: model.themes });
+    document.head.append(style);
+  }
 
   const theme = () => {
-    root.dataset.theme = model.dark ? "dark" : "light";
+    document.documentElement.dataset.theme = model.dark ? "dark" : "light";
     view?.recolour();
   };
   const selected = () => {
@@ -53,7 +58,6 @@ export function render({ model }) {
   model.on("position", state);
   model.on("picked", selected);
   theme();
-  if (matchMedia("(prefers-color-scheme: dark)").matches) model.prefers_dark = true;
   load();
   return root;
 }

@@ -16,6 +16,7 @@ import socket
 import sys
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,7 @@ def _shared(settings: Settings, worker: Worker) -> Server:
     models = Models(names, load)
     for name in names[:1]:
         # Loaded before anybody connects: a model that cannot be loaded ends the command with one line.
-        worker.ask(lambda name=name: models.get(name)).result()
+        worker.ask(partial(models.get, name)).result()
     if first is not None:
         first = models.attach(first)
         if models.names and not first.has_model:

@@ -79,12 +79,12 @@ def variables(theme: Theme) -> str:
     return " ".join(f"--{name}: {value};" for name, value in found)
 
 
-def css(scope: str) -> str:
-    """Light, dark where the reader's system is, and either where `data-theme` on the scope says so."""
+def css(scope: str, *, system: bool = True) -> str:
+    """Light; dark where the reader's system is, if `system`; and what `data-theme` on the scope says."""
     light, dark = variables(LIGHT), variables(DARK)
+    media = f"@media (prefers-color-scheme: dark) {{ {scope} {{ {dark} }} }}\n" if system else ""
     return (
-        f"{scope} {{ {light} }}\n"
-        f"@media (prefers-color-scheme: dark) {{ {scope} {{ {dark} }} }}\n"
+        f"{scope} {{ {light} }}\n{media}"
         f'{scope}[data-theme="light"] {{ {light} color-scheme: light; }}\n'
         f'{scope}[data-theme="dark"] {{ {dark} color-scheme: dark; }}\n'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,7 @@ async def lens(
     parts = []
     for at in range(0, len(layers), LENS_STEP):
         some = layers[at : at + LENS_STEP]
-        parts.append(await ask(lambda some=some: trace.lens_table(some, positions, said.id)))
+        parts.append(await ask(partial(trace.lens_table, some, positions, said.id)))
     words = [list(row) for part in parts for row in part.token]
     columns = {
         "probability": np.concatenate([p.probability for p in parts]),
@@ -125,7 +126,7 @@ async def heads(trace: Trace, position: int, threshold: float, per: str, dark: b
             attention = route.edges[route.edges["kind"] == "attention"]
             for e in attention:
                 span = route.heads[e["head_start"] : e["head_end"]]
-                np.add.at(total, (int(e["layer"]), span["head"]), span["weight"])
+                np.add.at(total[int(e["layer"])], span["head"], span["weight"])
                 for head, weight in span.tolist():
                     at = (int(e["layer"]), head)
                     if weight > strongest.get(at, (0.0, 0, 0))[0]:
@@ -134,9 +135,9 @@ async def heads(trace: Trace, position: int, threshold: float, per: str, dark: b
         kept = trace.data.edges
         layer = np.repeat(np.arange(L), np.diff(kept.layer_ptr))
         for r in np.flatnonzero(kept.destination == position):
-            span = slice(*kept.head_ptr[r : r + 2])
-            np.add.at(total, (layer[r], kept.head[span]), kept.head_weight[span])
-            for head, weight in zip(kept.head[span].tolist(), kept.head_weight[span].tolist(), strict=True):
+            part = slice(*kept.head_ptr[r : r + 2])
+            np.add.at(total[layer[r]], kept.head[part], kept.head_weight[part])
+            for head, weight in zip(kept.head[part].tolist(), kept.head_weight[part].tolist(), strict=True):
                 at = (int(layer[r]), head)
                 if weight > strongest.get(at, (0.0, 0, 0))[0]:
                     strongest[at] = (weight, int(kept.source[r]), position)
