@@ -82,13 +82,11 @@ def _parts(trace: Trace, route: Route, by: str, generation: Generation | None) -
 
 
 def _whole(sublayers: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """One line for each kind of sublayer that was not taken apart."""
-    kinds = dict.fromkeys((s["kind"], s["sublayer"], s["reason"]) for s in sublayers)
-    for kind, sublayer, reason in kinds:
-        alike = {"kind": kind, "sublayer": sublayer, "reason": reason}
-        layers = [s["layer"] for s in sublayers if {**s, **alike} == s]
-        where = f"{len(layers)} layers" if len(layers) > 1 else f"layer {layers[0]}"
-        yield Text(f"one part in {where}: {sublayer} ({kind}, {visible(reason)})", "yellow")
+    """One line for each sublayer that was not taken apart, with the reason in its first layer."""
+    for kind, sublayer in dict.fromkeys((s["kind"], s["sublayer"]) for s in sublayers):
+        alike = [s for s in sublayers if (s["kind"], s["sublayer"]) == (kind, sublayer)]
+        where = f"{len(alike)} layers" if len(alike) > 1 else f"layer {alike[0]['layer']}"
+        yield Text(f"one part in {where}: {sublayer} ({kind}, {visible(alike[0]['reason'])})", "yellow")
 
 
 def shaded(spans: Sequence[Span], values: F64, position: int) -> Text:

@@ -247,7 +247,8 @@ class _Reader:
             if not self._structure.opaque:
                 raise
             # The caller lets it in: its output is still known.
-            return OpaqueWrite(self._passed(write, where).written, "opaque", str(error), write.module)
+            why = str(error).removeprefix(f"{where}: ")
+            return OpaqueWrite(self._passed(write, where).written, "opaque", why, write.module)
 
     def _passed(self, write: Write, where: str) -> LinearParts:
         """What a write added, with nothing said of its parts."""
@@ -271,6 +272,8 @@ class _Reader:
         returned = self._returned(write, where)
         if write.kind == "experts":
             experts = self._experts(write, returned)
+            if isinstance(experts, str) and self._structure.opaque:
+                return OpaqueWrite(self._passed(write, where).written, "opaque", experts, write.module or "")
             if isinstance(experts, str):
                 raise not_understood(self._layer, self._index, write.module, experts)
             act, weight, bias = experts.act, experts.w_down, experts.bias

@@ -53,7 +53,7 @@ def _why_closed(index: int, write: CapturedWrite) -> str | None:
     try:
         check_closure(CapturedLayer(index, (alone,)), full=True)
     except ClosureError as error:
-        return str(error)
+        return str(error).partition(": ")[2]  # less the layer's number: it stands for all of its kind
     return None
 
 
