@@ -888,7 +888,10 @@ def _info(loaded: Loaded, layers: nn.ModuleList) -> Info:
     config = _PlainConfig(loaded.model.config.get_text_config())
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     width = int(config.hidden_size)
-    embedding = loaded.model.get_input_embeddings().weight
+    module = loaded.model.get_input_embeddings()
+    embedding = getattr(module, "weight", None)
+    if not isinstance(embedding, Tensor):
+        raise StructureError(f"{loaded.name} has no single input embedding", got=type(module).__name__)
     return Info(
         name=loaded.name,
         model_type=config.model_type,

@@ -23,9 +23,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from lmtt.testing import assert_within
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,7 @@ class Layout:
     down: tuple[str, ...]  # weights whose columns are neurons, routed experts before shared ones;
     # "a+b" where one neuron has a column in two weights
     attention_norm: str | None = None  # a norm between the output projection and the stream
-    mlp_norm: str | None = None  # likewise of the MLP, and ...
-    mlp: str = "mlp"  # ... the module whose output that norm is given
-    gain: float = 0.0  # these norms multiply by gain + weight
+    mlp_norm: str | None = None  # likewise of the MLP
     attends: bool = True  # False: something else in the attention's place
 
 
@@ -196,21 +198,29 @@ class _Bench:
         names |= {n + "_bias" for n in self.layout.down}
         return [known[name] for name in sorted(names) if name in known]
 
-    def held(self, norm: str | None, statistics: Tensor) -> Callable[[Tensor], Tensor]:
-        """The norm's formula with the mean square of `statistics`; without a norm, nothing is done."""
+    def held(self, norm: str | None) -> Callable[[Tensor], Tensor]:
+        """The linear map that a norm was in an undisturbed run; without one, nothing is done.
+
+        RMS norms differ in whether they multiply by the weight or by 1 + weight: what the module returned
+        decides, and neither is an error.
+        """
         if norm is None:
             return lambda x: x
         module: Any = self.layer.get_submodule(norm)
-        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        row = (statistics.square().mean(-1, keepdim=True) + float(epsilon)).rsqrt()
-        return lambda x: x * row * (self.layout.gain + module.weight)
+        given, returned = self.watch(norm, "input"), self.watch(norm, "output")
+        epsilon = float(getattr(module, "variance_epsilon", None) or module.eps)
+        row = (given.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        for gain in (module.weight, 1 + module.weight):
+            if torch.allclose(given * row * gain, returned, rtol=1e-5, atol=1e-5):
+                return lambda x: x * row * gain
+        raise AssertionError(f"{norm} is not a root-mean-square norm")
 
 
 def _attention_parts(bench: _Bench, mid: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     layout = bench.layout
     projection = bench.layer.get_submodule(layout.out)
     z = bench.watch(layout.out, "input")
-    norm = bench.held(layout.attention_norm, bench.watch(layout.out, "output"))
+    norm = bench.held(layout.attention_norm)
     width = z.shape[1] // heads
     pairs = mid.new_zeros(heads, bench.tokens, *mid.shape)
     for source in range(bench.tokens):
@@ -241,10 +251,10 @@ def _mlp_parts(bench: _Bench, post: Tensor) -> tuple[Tensor, Tensor]:
     layout, width = bench.layout, post.shape[1]
 
     def raw() -> Tensor:
-        return bench.run() if layout.mlp_norm is None else bench.watch(layout.mlp, "output")
+        return bench.run() if layout.mlp_norm is None else bench.watch(layout.mlp_norm, "input")
 
     whole = raw()
-    norm = bench.held(layout.mlp_norm, whole)
+    norm = bench.held(layout.mlp_norm)
     neurons = []
     for name in layout.down:
         weights = [bench.layer.get_parameter(n) for n in name.split("+")]
@@ -267,3 +277,70 @@ def _columns(weight: Tensor, width: int) -> Iterator[tuple[Any, ...]]:
         for n in range(weight.shape[axes[0]]):
             at = (slice(None), n) if axes[0] == -1 else (n, slice(None))
             yield at if expert is None else (expert, *at)
+
+
+# --- what a test asserts ---
+
+# Shares are stored in float32, and most models compute softmax and norms in float32 even in float64.
+TOLERANCE = 5e-6
+
+
+def assert_complete(parts: Parts) -> None:
+    """What was taken away piece by piece is all that there was."""
+    steps = [(parts.mid, parts.post, parts.neurons.sum(0) + parts.mlp_bias)]
+    if len(parts.pairs):
+        steps.append((parts.base, parts.mid, parts.pairs.sum((0, 1)) + parts.attention_bias))
+    for before, after, added in steps:
+        error = float((after - before - added).abs().max() / (after - before).abs().max())
+        assert error <= 5e-6, f"what was taken away adds up to {error:.1e}"
+
+
+def assert_trace(trace: Any, layer: int, parts: Parts, where: str) -> None:
+    """Everything that a trace (floor=0, more neurons than there are) says of a layer equals the oracle's.
+
+    Stored heads and neurons, heads and neurons on demand, residual, bias and blocks.
+    """
+
+    def same(got: Any, want: Tensor, what: str) -> None:
+        assert_within(torch.as_tensor(got), want, TOLERANCE, f"{where}: {what}")
+
+    parallel = bool(trace.data.parallel[layer])
+    whole, block = parts.post if parallel else parts.mid, parts.post - parts.mid
+    H, T = parts.pairs.shape[:2]
+    if H:
+        rivals = [block] if parallel else []
+        every = torch.stack([*parts.pairs.flatten(0, 1), parts.base, parts.attention_bias, *rivals])
+        expected = shares(every, whole)
+        pairs, others = expected[: H * T].unflatten(0, (H, T)), expected[H * T :]
+        same(_stored_pairs(trace.data, layer, H, T), pairs, "stored heads")
+        maps = np.stack([trace.contribution_map(layer, head) for head in range(H)])
+        same(maps.transpose(0, 2, 1), pairs, "heads on demand")
+        same(trace.residual[layer], others[0], "residual")
+        same(trace.bias[layer], others[1], "bias")
+        if parallel:
+            same(trace.mlp[layer], others[2], "mlp")
+    else:
+        mixer = shares(torch.stack([parts.base, parts.mid - parts.base]), parts.mid)
+        same(trace.opaque[layer], mixer[1], "what stands in the attention's place")
+    if not parallel:
+        same(trace.mlp[layer], shares(torch.stack([parts.mid, block]), parts.post)[1], "mlp")
+    expected = shares(torch.stack([*parts.neurons, parts.mid, parts.mlp_bias]), parts.post)[:-2]
+    F = len(expected)
+    kept = trace.data.neurons
+    assert bool((kept.index[layer, :, F:] == -1).all()), f"{where}: more neurons than there are"
+    stored = np.zeros((T, F))
+    np.put_along_axis(stored, kept.index[layer, :, :F].astype(int), kept.contribution[layer, :, :F], axis=1)
+    same(stored.T, expected, "stored neurons")
+    for position in (0, T - 1):
+        row = {n.neuron: n.contribution for n in trace.neurons(layer, position, k=F)}
+        same([row[n] for n in range(F)], expected[:, position], "neurons on demand")
+
+
+def _stored_pairs(data: Any, layer: int, heads: int, tokens: int) -> NDArray[np.float64]:
+    """[H, T source, T destination]"""
+    result = np.zeros((heads, tokens, tokens))
+    edges = data.edges
+    for edge in range(*edges.layer_ptr[layer : layer + 2]):
+        for at in range(*edges.head_ptr[edge : edge + 2]):
+            result[edges.head[at], edges.source[edge], edges.destination[edge]] = edges.head_weight[at]
+    return result

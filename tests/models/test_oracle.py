@@ -8,32 +8,26 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import lmtt
 from lmtt.errors import StructureError
 from lmtt.structure.replay import dry_run, find_layers, finish
-from lmtt.testing import assert_within
 from lmtt.testing_models import perturb
-from lmtt.testing_oracle import Layout, Parts, plain_run, shares, take_away
+from lmtt.testing_oracle import Layout, Parts, assert_complete, assert_trace, plain_run, take_away
 from lmtt.testing_types import prompt, tiny_of_type
 
-# Shares are stored in float32, and most models compute softmax and norms in float32 even in float64.
-TOLERANCE = 5e-6
 HEADS, NEURONS, EXPERTS = 4, 20, 8  # D = 32: the oracle tells neurons from the stream by their number
 
 LLAMA = Layout("self_attn.o_proj", ("mlp.down_proj.weight",))
 PACKED = replace(LLAMA, down=("mlp.experts.down_proj",))
 GPT = Layout("attn.c_proj", ("mlp.c_proj.weight",))
-GEMMA = replace(
+SANDWICH = replace(
     LLAMA,
     attention_norm="post_attention_layernorm",
     mlp_norm="post_feedforward_layernorm",
-    gain=1.0,
 )
-OLMO2 = replace(GEMMA, gain=0.0)
 DEEPSEEK = replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_experts.down_proj.weight"))
 
 
@@ -72,9 +66,9 @@ CASES = {
     "qwen3_moe": case("qwen3_moe", LLAMA, PACKED, mlp_only_layers=[0]),
     "gemma": case("gemma", LLAMA),
     "gemma2": case(
-        "gemma2", GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=2.0, query_pre_attn_scalar=16
+        "gemma2", SANDWICH, attn_logit_softcapping=1.5, final_logit_softcapping=2.0, query_pre_attn_scalar=16
     ),
-    "gemma3_text": case("gemma3_text", GEMMA, query_pre_attn_scalar=16),
+    "gemma3_text": case("gemma3_text", SANDWICH, query_pre_attn_scalar=16),
     "phi": case("phi", Layout("self_attn.dense", ("mlp.fc2.weight",)), partial_rotary_factor=0.5),
     "phi3": case("phi3", LLAMA),
     "gpt2": case("gpt2", GPT, n_inner=NEURONS),
@@ -103,7 +97,7 @@ CASES = {
     ),
     "mpt": case("mpt", Layout("attn.out_proj", ("ffn.down_proj.weight",))),
     "olmo": case("olmo", LLAMA),
-    "olmo2": case("olmo2", OLMO2),
+    "olmo2": case("olmo2", SANDWICH),
     "olmoe": case("olmoe", PACKED, intermediate_size=EXPERTS),
     "granite": case(
         "granite", LLAMA,
@@ -122,7 +116,7 @@ CASES = {
     "glm4": case(
         "glm4", replace(LLAMA, attention_norm="post_self_attn_layernorm", mlp_norm="post_mlp_layernorm")
     ),
-    "exaone4": case("exaone4", OLMO2),
+    "exaone4": case("exaone4", SANDWICH),
     "smollm3": case("smollm3", LLAMA),
     "codegen": case("codegen", Layout("attn.out_proj", ("mlp.fc_out.weight",)), n_inner=NEURONS),
     "deepseek_v2": case("deepseek_v2", LLAMA, DEEPSEEK),
@@ -135,7 +129,7 @@ CASES = {
         ),
         intermediate_size=EXPERTS,
     ),
-    "gemma4_text": case("gemma4_text", GEMMA),
+    "gemma4_text": case("gemma4_text", SANDWICH),
     "qwen3_next": case(
         "qwen3_next",
         replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight"), attends=False),
@@ -212,78 +206,21 @@ def parts_of(name: str, attention: str = "eager") -> list[Parts]:
     ]
 
 
-def relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
-    return float(difference.abs().max() / whole.abs().max())
-
-
 @pytest.mark.parametrize("name", [pending(name) for name in CASES])
 def test_the_oracle_itself_is_complete(name: str) -> None:
-    """What was taken away piece by piece is all that there was, and no two pieces are the same."""
+    """What was taken away piece by piece is all that there was, and no piece was nothing."""
     for parts in parts_of(name):
-        if len(parts.pairs):
-            added = parts.pairs.sum((0, 1)) + parts.attention_bias
-            assert relative(parts.mid - parts.base - added, parts.mid - parts.base) <= 1e-6
-            assert (parts.pairs.abs().amax((-2, -1)) > 0).all(), "a head or source adds nothing"
-        added = parts.neurons.sum(0) + parts.mlp_bias
-        assert relative(parts.post - parts.mid - added, parts.post - parts.mid) <= 1e-6
-
-
-def kept_pairs(data: Any, layer: int, tokens: int) -> torch.Tensor:
-    """[H, T source, T destination] of what a trace stores."""
-    result = np.zeros((HEADS, tokens, tokens))
-    edges = data.edges
-    for edge in range(*edges.layer_ptr[layer : layer + 2]):
-        for at in range(*edges.head_ptr[edge : edge + 2]):
-            result[edges.head[at], edges.source[edge], edges.destination[edge]] = edges.head_weight[at]
-    return torch.from_numpy(result)
+        assert_complete(parts)
+        assert (parts.pairs.abs().amax((-2, -1)) > 0).all(), "a head or source adds nothing"
 
 
 @pytest.mark.parametrize(("name", "attention"), [pending(*run) for run in RUNS])
 def test_heads_neurons_and_blocks_are_the_oracles(name: str, attention: str) -> None:
-    ids = prompt()
     engine = lmtt.load(build(name, attention, torch.float64))
-    trace = engine.trace(input_ids=ids[0].numpy(), floor=0.0, neurons=1000)
-    T = ids.shape[1]
+    trace = engine.trace(input_ids=prompt()[0].numpy(), floor=0.0, neurons=1000)
     own = attention if name in DIFFERENT_SDPA else "eager"
     for layer, parts in enumerate(parts_of(name, own)):
-        where = f"{name}, layer {layer}"
-        parallel = bool(trace.data.parallel[layer])
-        whole = parts.post if parallel else parts.mid
-        block = parts.post - parts.mid
-        if len(parts.pairs):
-            rivals = [block] if parallel else []
-            every = torch.stack([*parts.pairs.flatten(0, 1), parts.base, parts.attention_bias, *rivals])
-            expected = shares(every, whole)
-            pairs, others = expected[: HEADS * T].unflatten(0, (HEADS, T)), expected[HEADS * T :]
-            assert pairs.max() > 0.01, "shares too small to tell anything"
-            assert_within(kept_pairs(trace.data, layer, T), pairs, TOLERANCE, f"{where}, stored heads")
-            maps = np.stack([trace.contribution_map(layer, head) for head in range(HEADS)])
-            assert_within(
-                torch.from_numpy(maps).transpose(1, 2), pairs, TOLERANCE, f"{where}, heads on demand"
-            )
-            assert_within(torch.from_numpy(trace.residual[layer]), others[0], TOLERANCE, f"{where}, residual")
-            assert_within(torch.from_numpy(trace.bias[layer]), others[1], TOLERANCE, f"{where}, bias")
-            if parallel:
-                assert_within(torch.from_numpy(trace.mlp[layer]), others[2], TOLERANCE, f"{where}, mlp")
-        else:
-            mixer = shares(torch.stack([parts.base, parts.mid - parts.base]), parts.mid)
-            assert_within(torch.from_numpy(trace.opaque[layer]), mixer[1], TOLERANCE, f"{where}, mixer")
-        if not parallel:
-            both = shares(torch.stack([parts.mid, block]), parts.post)
-            assert_within(torch.from_numpy(trace.mlp[layer]), both[1], TOLERANCE, f"{where}, mlp")
-        every = torch.stack([*parts.neurons, parts.mid, parts.mlp_bias])
-        expected = shares(every, parts.post)[:-2]
-        assert expected.max() > 0.01, "shares too small to tell anything"
-        F = len(expected)
-        stored = np.zeros((T, F))
-        index = trace.data.neurons.index[layer, :, :F]
-        assert (trace.data.neurons.index[layer, :, F:] == -1).all(), f"{where}: more neurons than there are"
-        np.put_along_axis(stored, index, trace.data.neurons.contribution[layer, :, :F], axis=1)
-        assert_within(torch.from_numpy(stored).T, expected, TOLERANCE, f"{where}, stored neurons")
-        for position in (0, T - 1):
-            row = {n.neuron: n.contribution for n in trace.neurons(layer, position, k=F)}
-            found = torch.tensor([row[n] for n in range(F)])
-            assert_within(found, expected[:, position], TOLERANCE, f"{where}, neurons on demand")
+        assert_trace(trace, layer, parts, f"{name}, layer {layer}")
 
 
 @pytest.mark.parametrize(("name", "attention"), [pending(*run) for run in RUNS])
