@@ -123,12 +123,16 @@ def _trace_parser(commands: Any) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
     parser.add_argument("--backend", default="auto", help="auto, or a backend that `lmtt doctor` lists")
     parser.add_argument(
+        "--memory", metavar="8GiB", help="stay within this, streaming the weights if they do not fit"
+    )
+    parser.add_argument(
         "--keep", choices=("full", "light"), default="full", help="light leaves the residual stream out"
     )
     parser.add_argument(
         "--out", metavar="RUN", help="store the run: a directory, or one file if it ends in .lmtt"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing RUN")
+    parser.add_argument("--resume", action="store_true", help="go on with what an interrupted RUN holds")
     parser.add_argument("--html", metavar="FILE", help="write the route as one self-contained page")
     parser.add_argument(
         "--opaque", action="store_true", help="let sublayers in that cannot be taken apart, as one part"
@@ -235,7 +239,12 @@ def _trace(options: argparse.Namespace) -> None:
         raise InputError("a foil without a target", remedy="name the target with --target")
     for path in (options.html, options.json, options.csv, options.neuronpedia):
         _check_writable(path)
-    if options.out:
+    by_layer = bool(options.out) and not options.out.endswith(".lmtt") and options.generate is None
+    if options.resume and (not by_layer or options.force):
+        raise InputError(
+            "--resume goes on with a stored run", expected="--out naming a directory, without --force"
+        )
+    if options.out and not options.resume:
         _check_run_free(Path(options.out), options.force)
 
     from lmtt.engine import check_backend, load
@@ -249,6 +258,7 @@ def _trace(options: argparse.Namespace) -> None:
             backend=options.backend,
             allow_nonfinite=options.allow_nonfinite,
             opaque=options.opaque,
+            memory=options.memory,
         )
         common: dict[str, Any] = {
             "chat": prompt if isinstance(prompt, list) else None,
@@ -262,7 +272,10 @@ def _trace(options: argparse.Namespace) -> None:
         tokens = [t for t in (options.target, options.foil) if t is not None]
         generation, position = None, -1 if options.position is None else options.position
         if options.generate is None:
-            trace = engine.trace(text, targets=tokens, **common)
+            stored = (
+                {"out": options.out, "resume": options.resume, "force": options.force} if by_layer else {}
+            )
+            trace = engine.trace(text, targets=tokens, **stored, **common)
         else:
             for token in tokens:
                 engine.token_id(token)
@@ -278,7 +291,7 @@ def _trace(options: argparse.Namespace) -> None:
             position = generation.prompt - 1 if options.position is None else position
         logits = trace.logit_contributions(options.target, options.foil, position) if tokens else None
     route = trace.route(position, options.threshold, options.renormalize)
-    if options.out:
+    if options.out and not by_layer:
         trace.save(options.out, force=options.force)
     _deliver(trace, route, options, generation, logits)
 

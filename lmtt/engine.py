@@ -9,9 +9,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from lmtt import __version__
 from lmtt.checkpoint.load import Loaded, fingerprint_weights, parse_device, parse_dtype, resolve
-from lmtt.checkpoint.load import load as read_checkpoint
 from lmtt.contributions import Block, Settings, as_block, attention_task, layer_shares, neuron_task
-from lmtt.errors import BackendError, CheckpointError, ClosureError, InputError, StructureError
+from lmtt.errors import BackendError, CheckpointError, InputError, StructureError
 from lmtt.kernels import registry
 from lmtt.kernels.directional_attention.reference import attention_pattern
 from lmtt.kernels.numerics import checksum_tolerance
@@ -37,9 +36,16 @@ from lmtt.lens.behaviour import NeuronPosition
 from lmtt.lens.head import Head, find_head, raw_scores
 from lmtt.lens.logit_attribution import LogitAttribution, LogitContributions
 from lmtt.lens.table import LensTable, lens_row, ranks
+from lmtt.loop import EVERY_RUN, Clock, Log, Prompt, Running, from_host, stream_room, to_host
 from lmtt.run.data import Predictions, TraceData
 from lmtt.run.layout import Tail, assemble
+from lmtt.run.reader import read_run
+from lmtt.run.writer import RunWriter
 from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
+from lmtt.streaming.load import read_within
+from lmtt.streaming.plan import parse_bytes
+from lmtt.streaming.weights import LayerWeights, ResidentWeights
+from lmtt.streaming.weights import Turn as LayerTurn
 from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
@@ -55,10 +61,10 @@ if TYPE_CHECKING:
 KEPT_PREDICTIONS = 32
 PREDICTION_WORKSPACE = 16 << 20  # bytes; of all phases this one would hold the most, and gains nothing by it
 PROOF_TOKENS = 7
-EVERY_RUN = ("resid_mid", "resid_post")  # sums checked on every run; sublayers, on a model's first prompt
 REMEMBERED_LAYERS = 2  # captured layers held for further questions about them
 REMEMBERED_PROMPTS = 4  # dry runs held likewise: arguments of the layers, no activations
 Progress = Callable[[int, int], None]
+Out = str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -92,22 +98,30 @@ class ProvedLayer:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """Token ids and what each is called."""
+class Job:
+    """What is asked of one pass over the layers, for every prompt alike."""
 
-    input_ids: Tensor  # int64 [1, T]
-    tokens: tuple[str, ...]
-    text: PromptText | None = None  # where they lie in the text; None without a tokenizer
+    settings: Settings
+    full: bool  # the residual stream is kept
+    targets: tuple[int, ...]  # tokens whose logits are attributed on the way
+    progress: Progress | None
 
 
 class Engine:
     """A model, ready to be traced. The model itself is left exactly as it was found."""
 
-    def __init__(self, loaded: Loaded, backend: str = "auto", opaque: bool = False) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        backend: str = "auto",
+        opaque: bool = False,
+        weights: LayerWeights | None = None,
+    ) -> None:
         check_backend(backend)
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self._facts = loaded.facts
+        self._weights: LayerWeights = ResidentWeights() if weights is None else weights
         self._backend = backend
         self._opaque = opaque  # let in what is not understood, as one part
         _, self._layers = find_layers(self.model)
@@ -144,9 +158,14 @@ class Engine:
         keep: Literal["full", "light"] = "full",
         neurons: int = 20,
         targets: TokenList = (),
+        out: Out | Sequence[Out] | None = None,
+        resume: bool = False,
+        force: bool = False,
         progress: Progress | None = None,
     ) -> Trace | list[Trace]:
         """Attribute a prompt; a list of prompts gives a list of traces, each as if it were alone.
+
+        Prompts of a list go through the layers together, so that weights that are streamed are read once.
 
         Parameters
         ----------
@@ -162,6 +181,10 @@ class Engine:
         neurons : how many top neurons to keep of each row.
         targets : tokens whose logits at the last position are attributed in the same pass, so that
             `Trace.logit_contributions` has them at once; any other token costs it a second pass.
+        out : a directory for the run (a list of them for a list of prompts), committed layer by layer, so
+            that what a killed process did is not lost.
+        resume : go on with what `out` holds; the result is the same, byte for byte.
+        force : replace what `out` holds.
         progress : called with (layers done, layers in all).
 
         Raises
@@ -171,31 +194,40 @@ class Engine:
         ClosureError
             A layer's parts do not add up; the message names layer, sublayer and error.
         """
-        options: dict[str, Any] = {
-            "floor": floor, "screen": screen, "measure": measure, "keep": keep, "neurons": neurons,
-            "targets": targets, "progress": progress,
-        }  # fmt: skip
+        if isinstance(targets, str):
+            raise InputError("targets is a text", expected="a list of tokens", got=repr(targets))
+        if keep not in ("full", "light"):
+            raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
+        settings = _settings(floor, screen, measure, neurons, self._backend)
+        prompts, single = self._prompts(prompt, input_ids, attention_mask, chat, add_special_tokens)
+        outs = _outs(out, len(prompts), single, resume, force)
+        wanted = tuple(dict.fromkeys(self.token_id(target) for target in targets))
+        job = Job(settings, keep == "full", wanted, progress)
+        with ExitStack() as stack:
+            writers = [
+                None if path is None else stack.enter_context(self._writer(path, each, job, resume, force))
+                for path, each in zip(outs, prompts, strict=True)
+            ]
+            traces = self._trace(prompts, job, writers)
+        return traces[0] if single else traces
+
+    def _prompts(
+        self, prompt: Any, input_ids: Any, attention_mask: Any, chat: Any, add_special_tokens: bool | None
+    ) -> tuple[list[Prompt], bool]:
+        """What is to be traced, and whether it is one prompt rather than a list."""
         if isinstance(prompt, (list, tuple)):
             if input_ids is not None or chat is not None:
                 raise InputError("a list of prompts excludes input_ids and chat")
-            return [self.trace(p, add_special_tokens=add_special_tokens, **options) for p in prompt]
+            return [self._encode(p, None, None, add_special_tokens) for p in prompt], False
         if input_ids is not None:
             rows = _unpadded(input_ids, attention_mask)
             if len(rows) != 1:
-                return [self.trace(input_ids=row, **options) for row in rows]
+                return [self._encode(None, row, None, None) for row in rows], False
             input_ids = rows[0]
         elif attention_mask is not None:
             raise InputError("attention_mask is given without input_ids")
-        settings = _settings(floor, screen, measure, neurons, self._backend)
-        if keep not in ("full", "light"):
-            raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
         assert prompt is None or isinstance(prompt, str)
-        encoded = self._encode(prompt, input_ids, chat, add_special_tokens)
-        if isinstance(targets, str):
-            raise InputError("targets is a text", expected="a list of tokens", got=repr(targets))
-        wanted = tuple(dict.fromkeys(self.token_id(target) for target in targets))
-        data, logits = self._trace(encoded, settings, keep == "full", wanted, progress)
-        return Trace(data, self, logits)
+        return [self._encode(prompt, input_ids, chat, add_special_tokens)], True
 
     def generate(
         self,
@@ -232,6 +264,11 @@ class Engine:
         """
         from lmtt.generate import Generation, Sampling, generate_ids
 
+        if not self._weights.resident:
+            raise InputError(
+                f"{self.info.name} is streamed and would be read once for each token it generates",
+                remedy="allow more memory, or trace the text that it generated elsewhere",
+            )
         settings = _settings(floor, screen, measure, neurons, self._backend)
         if keep not in ("full", "light"):
             raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
@@ -251,74 +288,132 @@ class Engine:
             whole = replace(whole, text=replace(whole.text, turns=asked.text.turns))
         traced = None
         if trace:
-            data, _ = self._trace(whole, settings, keep == "full", (), progress)
-            traced = Trace(data, self)
+            traced = self._trace([whole], Job(settings, keep == "full", (), progress), [None])[0]
         text = "".join(whole.tokens[P:]) if self.tokenizer is None else self._decode(new)
         return Generation(P, np.array(new), whole.tokens[P:], text, traced)
 
-    def _trace(
-        self,
-        prompt: Prompt,
-        settings: Settings,
-        full: bool,
-        targets: Sequence[int],
-        progress: Progress | None,
-    ) -> tuple[TraceData, dict[int, LogitContributions]]:
-        clock = _Clock(self.info.device)
-        layers: list[dict[str, NDArray[Any]]] = []
-        blocks: list[bool] = []
-        log = _Log()
+    def _trace(self, prompts: Sequence[Prompt], job: Job, writers: Sequence[RunWriter | None]) -> list[Trace]:
+        """All prompts together, layer by layer; one whose run is stored already is read."""
+        finished = {
+            n: Trace(read_run(writer.path), self)
+            for n, writer in enumerate(writers)
+            if writer is not None and writer.complete
+        }
+        left = [n for n in range(len(prompts)) if n not in finished]
+        if left:
+            fresh = self._pass([prompts[n] for n in left], job, [writers[n] for n in left])
+            finished |= dict(zip(left, fresh, strict=True))
+        return [finished[n] for n in range(len(prompts))]
+
+    def _pass(self, prompts: Sequence[Prompt], job: Job, writers: Sequence[RunWriter | None]) -> list[Trace]:
+        lengths = [len(prompt.tokens) for prompt in prompts]
+        settings = replace(job.settings, workspace=self._weights.workspace(lengths, full=job.full))
+        self._captured.clear()  # room for what comes
+        clock = Clock(self.info.device)
         with watching(self.model), torch.no_grad():
-            calls = self._dry_run(prompt.input_ids)
-            hidden = calls.hidden
-            stream = _stream(len(self._layers), hidden[0]) if full else None
+            runs = [self._start(prompt, job, writer) for prompt, writer in zip(prompts, writers, strict=True)]
+            first = _resume(runs)
             clock.lap("dry run")
-            logits = (
-                LogitAttribution(self._find_head(), targets, len(prompt.tokens) - 1, hidden[0])
-                if targets
-                else None
-            )
-            for index, layer in enumerate(self._layers):
-                structure = self._structure(index, layer, hidden, calls)
-                clock.lap("discovery")
-                given, call = hidden, calls.calls[index]
-                hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
-                log.whole += whole_sublayers(captured)
-                clock.lap("forward")
-                for closure in check_closure(captured, full=not self._proved):
-                    log.closure[closure.sublayer] = max(log.closure.get(closure.sublayer, 0.0), closure.error)
-                clock.lap("closure")
-                shares = layer_shares(captured, settings)
-                log.add(index, shares, checksum_tolerance(given.dtype))
-                if stream is not None:
-                    stream[index] = _to_host(given[0])
-                if logits is not None:
-                    logits.add(captured)
-                layers.append(shares.arrays)
-                blocks.append(as_block(captured).post is None)
-                del captured
-                clock.lap("attribution")
-                if progress is not None:
-                    progress(index + 1, len(self._layers))
-            if stream is not None:
-                stream[-1] = _to_host(hidden[0])
+            count = len(self._layers)
+            with self._weights.reading(range(first, count), lengths, full=job.full) as turn:
+                for index in range(first, count):
+                    with turn(index):
+                        clock.lap("weights")
+                        for run in runs:
+                            self._layer(run, index, settings, clock)
+                    if job.progress is not None:
+                        job.progress(index + 1, count)
+            clock.lap("weights")
             self._proved = True
-            predictions, choice = self._predict(prompt.input_ids, hidden, calls)
-            log.choices[choice.op] = choice
-            clock.lap("predictions")
+            return [self._finish(run, job, settings, clock, len(runs)) for run in runs]
+
+    def _start(self, prompt: Prompt, job: Job, writer: RunWriter | None) -> Running:
+        calls = self._dry_run(prompt.input_ids)
+        hidden = calls.hidden
+        stream = stream_room(len(self._layers), hidden[0]) if job.full else None
+        run = Running(prompt, calls, hidden, stream, writer=writer)
+        if job.targets and writer is None:
+            run.logits = LogitAttribution(self._find_head(), job.targets, len(prompt.tokens) - 1, hidden[0])
+        return run
+
+    def _layer(self, run: Running, index: int, settings: Settings, clock: Clock) -> None:
+        """One prompt through one layer, which has its weights."""
+        layer, given, log = self._layers[index], run.hidden, Log()
+        structure = self._structure(index, layer, given, run.calls)
+        clock.lap("discovery")
+        call = run.calls.calls[index]
+        run.hidden, captured = capture_layer(layer, structure, index, given, call.args, call.kwargs)
+        log.whole += whole_sublayers(captured)
+        clock.lap("forward")
+        for closure in check_closure(captured, full=not self._proved):
+            log.closed(closure.sublayer, closure.error)
+        clock.lap("closure")
+        shares = layer_shares(captured, settings)
+        log.add(index, shares, checksum_tolerance(given.dtype))
+        if run.logits is not None:
+            run.logits.add(captured)
+        run.done(index, shares.arrays, as_block(captured).post is None, log, given)
+        clock.lap("attribution")
+
+    def _finish(self, run: Running, job: Job, settings: Settings, clock: Clock, together: int) -> Trace:
+        """Predictions, and everything that a trace has once."""
+        prompt = run.prompt
+        if run.stream is not None:
+            run.stream[-1] = to_host(run.hidden[0])
+        predictions, choice = self._predict(prompt.input_ids, run.hidden, run.calls)
+        run.log.choices[choice.op] = choice
+        clock.lap("predictions")
         tail = Tail(
             tokens=prompt.tokens,
             input_ids=prompt.input_ids[0].cpu().numpy(),
-            parallel=np.array(blocks),
+            parallel=np.array(run.parallel),
             predictions=predictions,
-            resid_final=None,  # it is the last of `stream`
+            resid_final=None,  # it is the last of the stream
         )
-        meta = self._meta(settings, full, predictions, log)
+        meta = self._meta(settings, job.full, predictions, run.log)
         if prompt.text is not None:
             meta["prompt"] = prompt.text.to_meta()
-        names = [self.token(target) for target in targets]
-        attributed = {} if logits is None else logits.finish(hidden[0, -1], prompt.tokens, names)
-        return assemble(layers, tail, meta, clock.cost(log), resid_pre=stream), attributed
+        cost = clock.cost(run.log, together)
+        if run.writer is not None:
+            run.writer.finish(tail, meta, cost)
+            meta = {**meta, "manifest": run.writer.manifest}
+        logits = None
+        if run.logits is not None:
+            names = [self.token(target) for target in job.targets]
+            logits = run.logits.finish(run.hidden[0, -1], prompt.tokens, names)
+        return Trace(assemble(run.layers, tail, meta, cost, resid_pre=run.stream), self, logits)
+
+    def _writer(self, path: Out, prompt: Prompt, job: Job, resume: bool, force: bool) -> RunWriter:
+        """The run's directory, locked, before anything is computed."""
+        T, L = len(prompt.tokens), len(self._layers)
+        settings = replace(job.settings, workspace=self._weights.workspace([T], full=job.full))
+        states = L + 1 if job.full else 2
+        itemsize = parse_dtype(self.info.dtype, self._device()).itemsize  # type: ignore[union-attr] # no "auto"
+        return RunWriter(
+            path,
+            {
+                "layers": L,
+                "keep": "full" if job.full else "light",
+                "resid_dtype": self.info.dtype,
+                "model": self._facts,
+                "device": self.info.device.split(":")[0],
+                "input_ids": prompt.input_ids[0].tolist(),
+                "settings": {
+                    "floor": settings.floor,
+                    "screen": settings.attention_screen,
+                    "neuron_screen": settings.neuron_screen,
+                    "measure": settings.measure,
+                    "neurons": settings.neurons,
+                    "backend": settings.backend,
+                    "workspace": settings.workspace,
+                    "opaque": self._opaque,
+                },
+                "versions": _versions(),
+            },
+            resume=resume,
+            force=force,
+            expected_bytes=states * T * self.info.d_model * itemsize + L * T * (settings.neurons * 12 + 512),
+        )
 
     def _predict(self, ids: Tensor, hidden: Tensor, calls: LayerCalls) -> tuple[Predictions, Choice]:
         head = self._find_head()
@@ -326,7 +421,7 @@ class Engine:
         k = min(KEPT_PREDICTIONS, head.weight.shape[0])
         options: dict[str, Any] = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
         top, choice = registry.run(
-            "unembed_topk", states, head.weight, k, workspace=PREDICTION_WORKSPACE, **options
+            "unembed_topk", states, head.rows, k, workspace=PREDICTION_WORKSPACE, **options
         )
         return Predictions(
             top.indices.cpu().numpy().astype(np.int32),
@@ -334,7 +429,7 @@ class Engine:
             top.logsumexp.cpu().numpy().astype(np.float32),
         ), choice
 
-    def _meta(self, settings: Settings, full: bool, predictions: Predictions, log: _Log) -> dict[str, Any]:
+    def _meta(self, settings: Settings, full: bool, predictions: Predictions, log: Log) -> dict[str, Any]:
         """Everything that decides the numbers, and nothing that was measured by a clock."""
         ids = np.unique(predictions.token_id)
         return {
@@ -352,12 +447,7 @@ class Engine:
             },
             **({"whole_sublayers": log.whole} if log.whole else {}),
             "closure": {**{sum_: log.closure.get(sum_, 0.0) for sum_ in EVERY_RUN}, "checksum": log.checksum},
-            "versions": {
-                "lmtt": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "numpy": np.__version__,
-            },
+            "versions": _versions(),
             "prediction_tokens": {str(int(i)): self.token(int(i)) for i in ids},
         }
 
@@ -521,16 +611,19 @@ class Engine:
         """
         ids = torch.arange(PROOF_TOKENS, device=self._device())[None] % self.info.d_vocab
         result = []
-        with watching(self.model), torch.no_grad():
+        with watching(self.model), torch.no_grad(), ExitStack() as stack:
             calls = self._dry_run(ids)
             hidden = calls.hidden
+            reading = self._weights.reading(range(len(self._layers)), [ids.shape[1]], full=False)
+            turn = stack.enter_context(reading)
             for index, layer in enumerate(self._layers):
-                structure = self._structure(index, layer, hidden, calls)
-                call = calls.calls[index]
-                hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
-                if look is not None:
-                    look(structure, captured)
-                result.append(ProvedLayer(structure, check_closure(captured, full=True)))
+                with turn(index):
+                    structure = self._structure(index, layer, hidden, calls)
+                    call = calls.calls[index]
+                    hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
+                    if look is not None:
+                        look(structure, captured)
+                    result.append(ProvedLayer(structure, check_closure(captured, full=True)))
         return result
 
     def _find_head(self) -> Head:
@@ -566,9 +659,15 @@ class Engine:
         self._captured.move_to_end(key)
         return self._captured[key]
 
-    def _run_again(self, data: TraceData, layer: int) -> CapturedLayer:
+    def _run_again(self, data: TraceData, layer: int, turn: LayerTurn | None = None) -> CapturedLayer:
+        """turn: of a pass that is under way; without it the layer's weights are read for this alone."""
+        if turn is None:
+            # What is captured shares memory with the weights, which live as long as it does.
+            self._captured.clear()
+            with self._weights.reading([layer], [len(data.tokens)], full=False) as alone:
+                return self._run_again(data, layer, alone)
         ids = torch.as_tensor(data.input_ids)[None].to(self._device())
-        with watching(self.model), torch.no_grad():
+        with watching(self.model), torch.no_grad(), turn(layer):
             calls = self._dry_run(ids)
             hidden = self._state(data, layer)[None]
             structure = self._structure(layer, self._layers[layer], hidden, calls)
@@ -579,10 +678,8 @@ class Engine:
     def _state(self, data: TraceData, layer: int) -> Tensor:
         """resid_pre of a layer [T, D] (layer L: the final state) in the model's dtype, bit for bit."""
         assert data.resid_pre is not None
-        stored = torch.from_numpy(data.resid_pre[layer])
-        if data.meta["resid_dtype"] == "bfloat16":
-            stored = stored.view(torch.bfloat16)
-        return stored.to(self._device())
+        dtype = getattr(torch, data.meta["resid_dtype"])
+        return from_host(data.resid_pre[layer], dtype).to(self._device())
 
     def _block(self, data: TraceData, layer: int) -> Block:
         return as_block(self._captured_layer(data, layer))
@@ -729,8 +826,10 @@ class Engine:
     ) -> dict[int, LogitContributions]:
         """See `Trace.logit_contributions`: by target, from one more pass over the layers."""
         logits = LogitAttribution(self._find_head(), targets, position, self._state(data, 0))
-        for layer in range(len(self._layers)):
-            logits.add(self._run_again(data, layer))  # not remembered: each is needed once
+        count = len(self._layers)
+        with self._weights.reading(range(count), [len(data.tokens)], full=False) as turn:
+            for layer in range(count):
+                logits.add(self._run_again(data, layer, turn))  # not remembered: each is needed once
         state = self._state(data, len(self._layers))[position]
         return logits.finish(state, data.tokens, [self.token(target) for target in targets])
 
@@ -790,6 +889,7 @@ def load(
     backend: str = "auto",
     allow_nonfinite: bool = False,
     opaque: bool = False,
+    memory: str | int | None = None,
 ) -> Engine:
     """Load a model to be traced.
 
@@ -802,6 +902,9 @@ def load(
     backend : "auto" or a name that `lmtt doctor` lists; an explicit one works or raises.
     opaque : let a sublayer that cannot be taken apart in as one part, named in `Trace.whole_sublayers`;
         without it such a model is refused.
+    memory : a limit on what loading and tracing take, as "8GiB": on the CPU resident memory beyond what the
+        process has now, on CUDA what torch allocates. A model that does not fit is streamed from its
+        checkpoint, a layer at a time, with the same results. None: what the machine has.
 
     Raises
     ------
@@ -809,7 +912,10 @@ def load(
         Each in one line: what, expected, got, remedy.
     """
     check_backend(backend)
+    limit = None if memory is None else parse_bytes(memory)
     if isinstance(model, nn.Module):
+        if limit is not None:
+            raise InputError("a loaded model is in memory already", remedy="name its checkpoint instead")
         loaded_already: Any = model
         facts = {
             "name": _name_of(model),
@@ -820,16 +926,15 @@ def load(
         return Engine(Loaded(model, tokenizer, facts["name"], facts), backend, opaque)
     where = parse_device(device)
     kind = parse_dtype(dtype, where)
-    loaded = read_checkpoint(resolve(model), device=where, dtype=kind, allow_nonfinite=allow_nonfinite)
+    source = resolve(model)
+    loaded, weights = read_within(limit, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite)
     if tokenizer is not None:
         loaded = Loaded(loaded.model, tokenizer, loaded.name, loaded.facts)
-    return Engine(loaded, backend, opaque)
+    return Engine(loaded, backend, opaque, weights)
 
 
 def open(path: str | PathLike[str], *, engine: Engine | None = None) -> Trace:
     """Open a stored trace; with an engine, details are computed on demand (another checkpoint raises)."""
-    from lmtt.run.reader import read_run
-
     trace = Trace(read_run(Path(path)))
     return trace if engine is None else trace.attach(engine)
 
@@ -860,6 +965,38 @@ def _settings(floor: float, screen: float | None, measure: str, neurons: int, ba
     if neurons < 1:
         raise InputError("neurons is out of range", expected="at least 1", got=neurons)
     return Settings(floor, screen, measure, neurons, backend)  # type: ignore[arg-type] # checked above
+
+
+def _outs(out: Any, prompts: int, single: bool, resume: bool, force: bool) -> list[Out | None]:
+    """A directory for each prompt, None where nothing is stored."""
+    if out is None:
+        if resume or force:
+            raise InputError("nothing to resume or replace", expected="out=, the run's directory")
+        return [None] * prompts
+    given = [out] if isinstance(out, (str, PathLike)) else list(out)
+    if len(given) != prompts or isinstance(out, (str, PathLike)) != single:
+        expected = "one directory" if single else f"a list of {prompts} directories"
+        raise InputError("out does not fit the prompts", expected=expected, got=len(given))
+    return given
+
+
+def _resume(runs: Sequence[Running]) -> int:
+    """The first layer that is left to compute; runs whose prompts share each layer's read go on together."""
+    stored = [run.writer.resume_state().layer if run.writer is not None else 0 for run in runs]
+    first = min(stored)
+    for run in runs:
+        if run.writer is not None:
+            run.restore(run.writer.resume_state(first))
+    return first
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lmtt": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def _settings_of(data: TraceData) -> Settings:
@@ -901,89 +1038,12 @@ def _info(loaded: Loaded, layers: nn.ModuleList) -> Info:
         d_model=width,
         d_head=int(getattr(config, "head_dim", None) or (width // heads if heads else 0)),
         d_mlp=getattr(config, "intermediate_size", None),
-        d_vocab=int(embedding.shape[0]),
+        d_vocab=int(getattr(module, "num_embeddings", None) or embedding.shape[0]),
         max_positions=getattr(config, "max_position_embeddings", None),
         dtype=str(embedding.dtype).removeprefix("torch."),
         device=str(embedding.device),
     )
 
 
-def _stream(layers: int, hidden: Tensor) -> NDArray[Any]:
-    """Room for resid_pre of every layer and the final state, [L + 1, T, D], to be filled in place."""
-    state = _to_host(hidden)
-    return np.empty((layers + 1, *state.shape), state.dtype)
-
-
-def _to_host(tensor: Tensor) -> NDArray[Any]:
-    """The very bits on the host, no copy if they are there already; bfloat16 as words (run/README.md)."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    array: NDArray[Any] = tensor.numpy()
-    return array
-
-
 def _values(tensor: Tensor) -> NDArray[np.float32]:
     return tensor.detach().to("cpu", torch.float32).numpy()
-
-
-class _Log:
-    """What the layers report, gathered."""
-
-    def __init__(self) -> None:
-        self.closure: dict[str, float] = {}
-        self.checksum = 0.0
-        self.choices: dict[str, Choice] = {}
-        self.whole: list[dict[str, Any]] = []  # sublayers that are one part
-        self.pairs_evaluated = self.pairs_positive = self.neurons_evaluated = self.rows_reevaluated = 0
-
-    def add(self, index: int, shares: Any, tolerance: float) -> None:
-        if not shares.checksum <= tolerance:
-            raise ClosureError(
-                f"layer {index}: its parts do not add up to the residual stream",
-                expected=f"a relative defect of at most {tolerance:.1e}",
-                got=f"{shares.checksum:.1e}",
-                remedy="this model's layers hold something that is not understood here",
-            )
-        self.checksum = max(self.checksum, shares.checksum)
-        self.choices |= {choice.op: choice for choice in shares.choices}
-        self.pairs_evaluated += shares.pairs_evaluated
-        self.pairs_positive += shares.pairs_positive
-        self.neurons_evaluated += shares.neurons_evaluated
-        self.rows_reevaluated += shares.rows_reevaluated
-
-
-class _Clock:
-    """Seconds of each phase, which are disjoint intervals of the main thread."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
-        self.seconds: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def cost(self, log: _Log) -> dict[str, Any]:
-        """What the run's `cost` holds: measured, hence never part of what must repeat."""
-        import platform
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "seconds": {**self.seconds, "total": time.perf_counter() - self._start},
-            "peak_bytes": {
-                "process": peak,
-                **({"cuda": torch.cuda.max_memory_allocated()} if self._cuda else {}),
-            },
-            "backend": {op: c.backend for op, c in log.choices.items()},
-            "pairs": {"evaluated": log.pairs_evaluated, "positive": log.pairs_positive},
-            "neurons": {"evaluated": log.neurons_evaluated},
-            "rows_reevaluated": log.rows_reevaluated,
-            "closure": log.closure,
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        }

@@ -2,7 +2,8 @@
 
 A checkpoint larger than memory passes through once: caching it would only push everything else out, and on
 the disks measured direct requests of some MiB are up to twice as fast as buffered ones. Direct reads need
-memory and file offset to be congruent modulo a page; ragged ends go through the cache.
+memory and file offset to be congruent modulo a page; ragged ends go through the cache, and so does what
+lies there already.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class WeightFile:
             try:
                 got = os.preadv(fd, [raw[done : done + size]], offset + done)
             except OSError as error:
-                if fd == self._direct:
+                if fd == self._direct != self._fd:
                     self.is_direct = False  # refused for this file after all
                     continue
                 raise CheckpointError(f"cannot read {self.path.name}{_of(what)}: {error.strerror}") from error
@@ -70,9 +71,16 @@ class WeightFile:
             return self._fd, min(left, ragged)
         whole = min(left, REQUEST) // PAGE * PAGE
         address = ctypes.addressof(ctypes.c_char.from_buffer(raw)) + done
-        if whole == 0 or address % PAGE:
+        if whole == 0 or address % PAGE or self._is_cached(raw[done : done + PAGE], offset):
             return self._fd, min(left, REQUEST)
         return self._direct, whole
+
+    def _is_cached(self, page: memoryview, offset: int) -> bool:
+        """Whether a page can be had without the disk; it is then in `page`."""
+        try:
+            return os.preadv(self._fd, [page], offset, os.RWF_NOWAIT) == len(page)
+        except OSError:  # EAGAIN: it is not there; others: the kernel or file system cannot say
+            return False
 
     def close(self) -> None:
         """Close it; may be called twice."""

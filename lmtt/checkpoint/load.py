@@ -147,20 +147,25 @@ def load(
     CheckpointError
         Not a causal language model, weights missing, of other shapes than the config says, or not finite.
     """
-    with _quiet_transformers(), fast_reader():
+    with quiet_transformers(), fast_reader():
         model = _read_model(source, dtype)
-        tokenizer = _read_tokenizer(source)
+        tokenizer = read_tokenizer(source)
     model = model.to(device).eval().requires_grad_(False)
     if not allow_nonfinite:
         refuse_nonfinite(model)
-    facts: dict[str, Any] = {"name": source.name, "kind": source.kind, "type": model.config.model_type}
+    return Loaded(model, tokenizer, source.name, facts_of(source, model.config))
+
+
+def facts_of(source: Source, config: Any) -> dict[str, Any]:
+    """What a run's manifest says of its model; `checkpoint` tells one set of weights from another."""
+    facts: dict[str, Any] = {"name": source.name, "kind": source.kind, "type": config.model_type}
     if source.gguf is not None:
         facts["checkpoint"] = _fingerprint_gguf(Path(source.folder) / source.gguf)
     elif source.kind == "directory":
         facts["checkpoint"] = _fingerprint_directory(Path(source.folder))
     else:
-        facts["checkpoint"] = str(getattr(model.config, "_commit_hash", None) or "unknown")
-    return Loaded(model, tokenizer, source.name, facts)
+        facts["checkpoint"] = str(getattr(config, "_commit_hash", None) or "unknown")
+    return facts
 
 
 def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
@@ -178,12 +183,12 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError, ImportError) as error:
         raise CheckpointError(
-            f"cannot load {source.name}: {_first_sentence(error)}", remedy=_remedy(source)
+            f"cannot load {source.name}: {first_sentence(error)}", remedy=_remedy(source)
         ) from error
     except Exception as error:
         if type(error).__module__.startswith(("safetensors", "huggingface_hub", "httpx", "requests")):
             raise CheckpointError(
-                f"cannot load {source.name}: {_first_sentence(error)}", remedy=_remedy(source)
+                f"cannot load {source.name}: {first_sentence(error)}", remedy=_remedy(source)
             ) from error
         raise
     missing = sorted(info.get("missing_keys") or ())
@@ -201,7 +206,7 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
     return model
 
 
-def _read_tokenizer(source: Source) -> Any:
+def read_tokenizer(source: Source) -> Any:
     import transformers
 
     options = {"gguf_file": source.gguf} if source.gguf is not None else {}
@@ -212,8 +217,10 @@ def _read_tokenizer(source: Source) -> Any:
 
 
 def refuse_nonfinite(model: Any) -> None:
-    """Raise `CheckpointError` naming the first parameter that holds NaN or infinity."""
+    """Raise `CheckpointError` naming the first parameter that holds NaN or infinity; none on meta does."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
         # One pass of additions finds any NaN; a second look settles a finite sum that overflowed.
         if (
             not torch.isfinite(parameter.sum(dtype=torch.float32))
@@ -233,7 +240,7 @@ def _remedy(source: Source) -> str | None:
     return None
 
 
-def _first_sentence(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."
 
@@ -273,7 +280,7 @@ def _fingerprint_directory(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars but on a terminal, no advice on stderr: our own errors say what matters."""
     from transformers import modeling_gguf_pytorch_utils as legacy
     from transformers.utils import logging

@@ -43,6 +43,11 @@ class Head:
         return weight
 
     @property
+    def rows(self) -> Any:
+        """`weight`, or what has its rows where they are not in memory: indexed alike."""
+        return getattr(self.unembed, "rows", self.weight)
+
+    @property
     def bias(self) -> Tensor | None:
         """[V] or None."""
         bias = getattr(self.unembed, "bias", None)
@@ -97,13 +102,13 @@ class FrozenHead:
         """The logits of `tokens` (int64 [n]) as inner products with a final state of `width` = D entries."""
         head = self.head
         wide = torch.float64
-        w = head.weight[tokens].to(wide)  # [n, D']
+        w = head.rows[tokens].to(wide)  # [n, D']
         constant = w.new_zeros(len(tokens))
         if head.bias is not None:
             constant += head.bias[tokens].to(wide)
         if head.through:
             # The linear maps are asked for their matrix [D, D'], whatever form their weights are stored in.
-            identity = torch.eye(width, dtype=head.weight.dtype, device=head.weight.device)
+            identity = torch.eye(width, dtype=head.rows.dtype, device=head.rows.device)
             zero = _through(head, identity.new_zeros(1, width))
             constant += w @ zero[0].to(wide)
             w = w @ (_through(head, identity) - zero).to(wide).T
@@ -138,6 +143,8 @@ def raw_scores(head: Head, updates: Tensor) -> Tensor:
     x = updates
     for module in head.through:
         x = module(x[None])[0] - module(torch.zeros_like(x)[None])[0]
+    if head.rows is not head.weight:
+        return head.unembed.product(x)  # type: ignore[no-any-return, operator] # TiledUnembedding
     return x @ head.weight.to(x.dtype).T
 
 

@@ -180,7 +180,7 @@ class LogitAttribution:
         self._position = position
         state = embedded[position]
         # Gain, shift and centring of the norm do not depend on the state; its row does, and is asked later.
-        tokens = torch.tensor(self._targets, device=head.weight.device)
+        tokens = torch.tensor(self._targets, device=head.rows.device)
         self._directions: Directions = head.frozen(state).directions(tokens, embedded.shape[-1])
         self._dtype = compute_dtype(embedded.dtype)
         self._r = self._directions.r.to(self._dtype)

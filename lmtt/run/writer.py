@@ -55,6 +55,7 @@ from lmtt.run.layout import (
 from lmtt.run.reader import check_version, read_part
 
 GENERATIONS = 2  # residual streams that a light run holds: the newest may be torn by a power cut
+NOTES = "notes"  # the name, in a layer file's metadata, of what its layer noted
 MOST_OF_FREE_SPACE = 0.9  # a run that is expected to need more than this is refused before it starts
 
 
@@ -64,6 +65,8 @@ class Resumed(NamedTuple):
     layer: int  # the first one to compute; L if only `finish` is left
     resid: Array | None  # [T, D], what enters it; None for layer 0, whose input is the embedding
     load: Callable[[int], dict[str, Array]]  # the results of a committed layer
+    notes: Callable[[int], dict[str, Any]]  # what was noted with them
+    stream: Callable[[int], Array]  # of a full run: what entered a committed layer, [T, D]
 
 
 class RunWriter:
@@ -169,7 +172,7 @@ class RunWriter:
         """
         with _explained(self.path, "nothing was computed"):
             if self.complete:
-                return Resumed(self._layers, None, self._load)
+                return Resumed(self._layers, None, self._load, self._notes, self._stream)
             self._files, self._axes = {}, {}
             most = self._layers if limit is None else min(limit, self._layers)
             layer = 0
@@ -187,19 +190,24 @@ class RunWriter:
             resid = self._intact_residual(layer) if layer > 0 else None
             self._discard(layer)
         self._next = layer
-        return Resumed(layer, resid, self._load)
+        return Resumed(layer, resid, self._load, self._notes, self._stream)
 
-    def commit_layer(self, layer: int, arrays: Arrays, resid: Array) -> None:
+    def commit_layer(
+        self, layer: int, arrays: Arrays, resid: Array, notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Make one layer's results durable, then the stream that leaves it; the second makes it count.
 
         `arrays` is what `LAYER` names; `resid` [T, D] is of the manifest's type, bfloat16 as uint16 words.
         A `resid_pre` among the arrays is stored for layer 0 of a full run, which must have it; that of a
-        later layer is the `resid` of the one before. RunError if the disk fails (what was committed before
+        later layer is the `resid` of the one before. `notes` is JSON that comes back on resuming.
+        RunError if the disk fails (what was committed before
         stays, and this call may be repeated), InputError if the arrays are not what they must be.
         """
-        self._commit(layer, arrays, resid)
+        self._commit(layer, arrays, resid, notes)
 
-    def _commit(self, layer: int, arrays: Arrays, resid: Array | None) -> None:
+    def _commit(
+        self, layer: int, arrays: Arrays, resid: Array | None, notes: Mapping[str, Any] | None = None
+    ) -> None:
         if self._next is None:
             raise InputError("a resumed run goes on where resume_state says", got="no call of it")
         if self.complete or layer != self._next or layer >= self._layers:
@@ -216,7 +224,11 @@ class RunWriter:
         with _explained(self.path, f"{layer} of {self._layers} layers are kept"):
             if entering is not None:
                 self._write_arrays(resid_file(0), {"resid_pre": entering})
-            self._write_arrays(layer_file(layer), results)
+            if notes is not None:
+                check_json(notes, "notes")
+            self._write_arrays(
+                layer_file(layer), results, {} if notes is None else {NOTES: canonical_json(notes)}
+            )
             if resid is not None:
                 self._write_arrays(resid_file(layer + 1), {"resid_pre": resid})
             self._next = layer + 1
@@ -281,6 +293,15 @@ class RunWriter:
         arrays, _ = read_part(self._directory, layer_file(layer), str(self.path / layer_file(layer)))
         return arrays
 
+    def _notes(self, layer: int) -> dict[str, Any]:
+        label = str(self.path / layer_file(layer))
+        _, header = read_part(self._directory, layer_file(layer), label)
+        return parse_json(header.metadata.get(NOTES, "{}").encode(), label)
+
+    def _stream(self, layer: int) -> Array:
+        arrays, _ = read_part(self._directory, resid_file(layer), str(self.path / resid_file(layer)))
+        return arrays["resid_pre"]
+
     def _intact(self, name: str) -> dict[str, Array] | None:
         """The arrays of a file whose checksum holds; None if it is missing, torn or rotten."""
         try:
@@ -341,8 +362,8 @@ class RunWriter:
     def _write(self, name: str, parts: list[bytes]) -> None:
         write_durably(self._directory, name, parts)
 
-    def _write_arrays(self, name: str, arrays: Arrays) -> None:
-        parts, size, blake2b = encode(arrays, {"part": name})
+    def _write_arrays(self, name: str, arrays: Arrays, metadata: Mapping[str, str] = {}) -> None:
+        parts, size, blake2b = encode(arrays, {"part": name, **metadata})
         write_durably(self._directory, name, parts)
         self._files[name] = {"bytes": size, "blake2b": blake2b}
 

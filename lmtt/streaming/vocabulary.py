@@ -1,0 +1,117 @@
+"""The two matrices as long as the vocabulary, of which only rows are ever needed at once.
+
+An embedding holds the rows of the tokens that it was last asked for. An unembedding is read a range of rows
+at a time, by whoever wants logits; where the memory limit leaves room it is read once and kept as stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmtt.checkpoint.source import WeightSource
+from lmtt.errors import CheckpointError
+from lmtt.streaming.ring import anonymous
+
+TILE_BYTES = 32 << 20  # of decoded rows, for logits over the whole vocabulary
+
+
+class StoredRows:
+    """A matrix [V, D] of a checkpoint, indexed like a tensor by a range of rows or by row numbers.
+
+    What comes back is a tensor in `dtype` on `device`; `shape` is the matrix's.
+    """
+
+    def __init__(self, source: WeightSource, tensor: str, dtype: torch.dtype, device: torch.device) -> None:
+        info = source.tensors[tensor]
+        if not info.rows or len(info.shape) != 2:
+            raise CheckpointError(f"{source.name}: {tensor} cannot be read by rows")
+        self._source, self._tensor, self._info = source, tensor, info
+        self._row = info.nbytes // info.shape[0]
+        self._kept: Tensor | None = None  # raw bytes of all rows
+        self.dtype, self.device = dtype, device
+        self.shape = torch.Size(info.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What keeping it takes."""
+        return self._info.nbytes
+
+    def keep(self) -> None:
+        """Hold all rows as stored from now on; it is read once."""
+        if self._kept is None:
+            kept = anonymous(self._info.nbytes)
+            self._source.read_into(self._tensor, memoryview(kept.numpy()))
+            self._kept = kept
+
+    def drop(self) -> None:
+        """The opposite of `keep`."""
+        self._kept = None
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        if isinstance(index, slice):
+            first, last, _ = index.indices(self.shape[0])
+            return self._range(first, max(first, last))
+        return torch.stack([self._range(i, i + 1)[0] for i in index.tolist()])
+
+    def _range(self, first: int, last: int) -> Tensor:
+        if self._kept is not None:
+            raw = self._kept[first * self._row : last * self._row]
+        else:
+            raw = torch.empty((last - first) * self._row, dtype=torch.uint8)
+            self._source.read_into(self._tensor, memoryview(raw.numpy()), first * self._row)
+        out = torch.empty(last - first, *self.shape[1:], dtype=self.dtype, device=self.device)
+        self._source.decode(self._tensor, raw, out, range(first, last))
+        return out
+
+
+def compact_embedding(module: Any, rows: StoredRows) -> None:
+    """Let an embedding hold just the rows it is asked for: its weight becomes [distinct tokens, D]."""
+    module.padding_idx = None  # it says which row is not trained, and nothing here trains
+    module.weight = nn.Parameter(rows[slice(0, 1)], requires_grad=False)
+    held: list[Tensor] = [torch.zeros(1, dtype=torch.int64)]
+
+    def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        distinct, compact = torch.unique(args[0], return_inverse=True)
+        if not torch.equal(distinct.cpu(), held[0]):
+            held[0] = distinct.cpu()
+            module.weight = nn.Parameter(rows[held[0]], requires_grad=False)
+        return (compact, *args[1:])
+
+    module.register_forward_pre_hook(before)
+
+
+class TiledUnembedding(nn.Module):
+    """In the place of a model's `lm_head`: the same logits, its weight on disk.
+
+    `weight` is on the meta device and only says shape and dtype; `rows` has the values.
+    """
+
+    def __init__(self, rows: StoredRows, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.rows = rows
+        self.weight = nn.Parameter(
+            torch.empty(rows.shape, dtype=rows.dtype, device="meta"), requires_grad=False
+        )
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._tiled(x, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """[N, D] -> [N, V] without the bias."""
+        return self._tiled(x, None)
+
+    def _tiled(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        V, D = self.rows.shape
+        logits = x.new_empty(*x.shape[:-1], V)
+        step = max(1, TILE_BYTES // (D * self.rows.dtype.itemsize))
+        for first in range(0, V, step):
+            last = min(V, first + step)
+            tile = self.rows[first:last].to(x.dtype)
+            logits[..., first:last] = nn.functional.linear(
+                x, tile, None if bias is None else bias[first:last]
+            )
+        return logits

@@ -1,0 +1,288 @@
+"""Where a model's weights are while its layers run: in memory all along, or there for one layer at a time.
+
+The engine asks `reading(layers)` for a pass and, within it, for each layer in turn; it needs to know no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lmtt.checkpoint.load import quiet_transformers, refuse_nonfinite
+from lmtt.checkpoint.source import WeightSource
+from lmtt.errors import CheckpointError, StructureError
+from lmtt.streaming.assign import Unit, assign, convert
+from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, make_plan
+from lmtt.streaming.ring import Ring, anonymous, place
+from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
+
+ALIGNMENT = 64
+Turn = Callable[[int], AbstractContextManager[None]]
+
+
+class LayerWeights(Protocol):
+    """Where the weights are."""
+
+    resident: bool  # the model's own forward can be run
+
+    def reading(
+        self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True
+    ) -> AbstractContextManager[Turn]:
+        """A pass over `layers`, rising, with prompts of so many tokens; `full` keeps the residual stream.
+
+        The context gives `turn`: within `turn(i)` layer i has its weights. InputError, before anything is
+        read, if the pass does not fit the memory limit.
+        """
+
+    def workspace(self, tokens: Sequence[int], *, full: bool = True) -> int:
+        """Bytes that the kernels may use in such a pass. InputError if the pass does not fit."""
+
+
+class ResidentWeights:
+    """All layers have their weights all the time. A limit, if any, is for what comes on top of them."""
+
+    resident = True
+
+    def __init__(self, shapes: Shapes | None = None, weights: Weights | None = None, limit: int = 0) -> None:
+        self._known = None if shapes is None or weights is None else (shapes, weights, limit)
+
+    @contextmanager
+    def reading(self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True) -> Iterator[Turn]:
+        self.workspace(tokens, full=full)
+        yield lambda _layer: nullcontext()
+
+    def workspace(self, tokens: Sequence[int], *, full: bool = True) -> int:
+        if self._known is None:
+            return WORKSPACE
+        return make_plan(*self._known, tokens, full=full, must_stay=True).workspace
+
+
+class StreamedWeights:
+    """Layers get their weights from a checkpoint when their turn comes, and lose them after it.
+
+    The model is on the meta device but for what lies outside the layers. One pass at a time.
+    """
+
+    resident = False
+
+    def __init__(
+        self,
+        source: WeightSource,
+        model: Any,
+        stack: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        limit: int,
+    ) -> None:
+        self._source, self._model, self._dtype, self._device = source, model, dtype, device
+        self._stack = stack
+        self._limit = limit
+        self._assignment = assign(model, stack, source.tensors, dtype)
+        self._placements = [place(source, unit.tensors) for unit in self._assignment.layers]
+        self._meta: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+        self._embedding, self._unembedding = self._vocabulary_tensors()
+        self.shapes = Shapes.of(model, len(self._placements), dtype)
+        self.weights = self._sizes()
+        self.bytes_read = 0
+        self._check = True  # damaged weights are looked for
+        self._head: StoredRows | None = None
+
+    # --- what there is ---
+
+    def _vocabulary_tensors(self) -> tuple[str, str]:
+        """The tensors of embedding and unembedding, one and the same where they are tied."""
+        parameters = {id(p): n for n, p in self._model.named_parameters(remove_duplicate=False)}
+        embedding = parameters[id(self._model.get_input_embeddings().weight)]
+        unembedding = parameters[id(self._model.get_output_embeddings().weight)]
+        made = {parameter: tensor for tensor, parameter in self._assignment.rest.direct.items()}
+        tied: Mapping[str, str] = getattr(self._model, "all_tied_weights_keys", None) or {}
+        found = []
+        for parameter in (embedding, unembedding):
+            same = [parameter, *(b for a, b in tied.items() if a == parameter)]
+            same += [a for a, b in tied.items() if b == parameter]
+            tensor = next((made[name] for name in same if name in made), None)
+            if tensor is None:
+                raise CheckpointError(
+                    f"{self._source.name}: {parameter} is not stored as one matrix", expected="one tensor"
+                )
+            found.append(tensor)
+        return found[0], found[1]
+
+    def _rest(self) -> Unit:
+        """What stays in memory: all outside the layers but the vocabulary's matrices."""
+        vocabulary = (self._embedding, self._unembedding)
+        rest = self._assignment.rest
+        return replace(rest, direct={t: p for t, p in rest.direct.items() if t not in vocabulary})
+
+    def _as_stored(self, tensor: str, parameter: str) -> bool:
+        """Whether the raw bytes serve as the parameter."""
+        info = self._source.tensors[tensor]
+        aligned = info.position[1] % info.dtype.itemsize == 0
+        return (
+            info.plain
+            and aligned
+            and info.dtype == self._assignment.dtypes[parameter]
+            and self._device.type == "cpu"
+        )
+
+    def _decoded_bytes(self, unit: Unit) -> int:
+        """Room for the parameters of a unit whose raw bytes do not serve."""
+        return sum(
+            _aligned(self._elements(tensor) * self._assignment.dtypes[parameter].itemsize)
+            for tensor, parameter in unit.direct.items()
+            if not self._as_stored(tensor, parameter)
+        )
+
+    def _elements(self, tensor: str) -> int:
+        return torch.Size(self._source.tensors[tensor].shape).numel()
+
+    def _sizes(self) -> Weights:
+        itemsize = self._dtype.itemsize
+        units = self._assignment.layers
+        rest = self._rest()
+        vocabulary = {self._embedding, self._unembedding}
+        whole = [t for unit in (*units, rest) for t in unit.tensors]
+        return Weights(
+            all=sum(self._elements(t) for t in [*whole, *vocabulary]) * itemsize,
+            rest=sum(self._elements(t) for t in rest.tensors) * itemsize,
+            raw_layer=max(p.nbytes for p in self._placements),
+            decoded_layer=max(
+                self._decoded_bytes(unit)
+                + int((1 + PACKING) * sum(self._elements(t) for t in unit.converted) * itemsize)
+                for unit in units
+            ),
+            raw_total=sum(p.nbytes for p in self._placements),
+        )
+
+    def plan(self, tokens: Sequence[int], *, full: bool = True) -> Plan:
+        """How a pass over such prompts would run. InputError if it does not fit."""
+        return make_plan(self.shapes, self.weights, self._limit, tokens, full=full, may_stay=False)
+
+    def would_stay(self, tokens: int) -> bool:
+        """Whether the limit holds the whole model with a prompt of so many tokens."""
+        whole = estimate(self.shapes, self.weights, [tokens], resident=True, ring=0, workspace=WORKSPACE)
+        return whole.total <= self._limit
+
+    # --- what stays ---
+
+    def open(self, *, check: bool = True) -> None:
+        """Read what lies outside the layers; from now on the model's forward runs but for its layers.
+
+        check : refuse weights that are not finite, here and when a layer fails for them.
+        """
+        self._check = check
+        rest = self._rest()
+        raw = {}
+        for tensor in rest.tensors:
+            raw[tensor] = anonymous(self._source.tensors[tensor].nbytes)
+            self._source.read_into(tensor, memoryview(raw[tensor].numpy()))
+        self._fill(rest, raw, torch.empty(self._decoded_bytes(rest), dtype=torch.uint8, device=self._device))
+        if check:
+            refuse_nonfinite(self._model)
+        dtypes = self._assignment.dtypes
+        embedding = self._model.get_input_embeddings()
+        unembedding = self._model.get_output_embeddings()
+        names = {id(p): n for n, p in self._meta.items()}
+        dtype = dtypes[names.get(id(embedding.weight), next(iter(dtypes)))]
+        compact_embedding(embedding, StoredRows(self._source, self._embedding, dtype, self._device))
+        self._head = StoredRows(self._source, self._unembedding, dtype, self._device)
+        tiled = TiledUnembedding(self._head, getattr(unembedding, "bias", None))
+        self._model.set_output_embeddings(tiled)
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._source.close()
+
+    # --- what comes and goes ---
+
+    def workspace(self, tokens: Sequence[int], *, full: bool = True) -> int:
+        return self.plan(tokens, full=full).workspace
+
+    @contextmanager
+    def reading(self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True) -> Iterator[Turn]:
+        plan = self.plan(tokens, full=full)
+        assert self._head is not None
+        if plan.bytes.total + self._head.nbytes > self._limit:
+            self._head.drop()
+        arena = anonymous(plan.arena)
+        most = max(self._decoded_bytes(unit) for unit in self._assignment.layers)
+        decoded = [torch.empty(most, dtype=torch.uint8, device=self._device)]
+        try:
+            with Ring(self._source, self._placements, layers, arena) as ring:
+                del arena
+                yield lambda layer: self._turn(layer, ring, decoded[0])
+        finally:
+            self.bytes_read += ring.bytes_read
+            decoded.clear()  # whoever holds on to the turn does not hold on to its memory
+        if plan.bytes.total - plan.arena - plan.bytes.decoded + self._head.nbytes <= self._limit:
+            self._head.keep()
+
+    @contextmanager
+    def _turn(self, layer: int, ring: Ring, decoded: Tensor) -> Iterator[None]:
+        """A layer's weights, from taking its bytes from the ring to giving their room back."""
+        unit = self._assignment.layers[layer]
+        in_use = self._fill(unit, ring.take(layer), decoded)
+        if not in_use:
+            ring.release(layer)  # the reader goes on while this layer computes
+        try:
+            yield
+        except StructureError:
+            if self._check:  # parts that do not add up may be due to damaged weights, which then have a name
+                refuse_nonfinite(self._model)
+            raise
+        finally:
+            self._evict(layer)
+            if in_use:
+                ring.release(layer)
+
+    def _fill(self, unit: Unit, raw: Mapping[str, Tensor], room: Tensor) -> bool:
+        """Give a unit's parameters their values; whether some of them are the raw bytes themselves."""
+        used, aliased = 0, False
+        for tensor, parameter in unit.direct.items():
+            info, dtype = self._source.tensors[tensor], self._assignment.dtypes[parameter]
+            if self._as_stored(tensor, parameter):
+                value = raw[tensor].view(info.dtype).view(info.shape)
+                aliased = True
+            else:
+                nbytes = self._elements(tensor) * dtype.itemsize
+                value = room[used : used + nbytes].view(dtype).view(info.shape)
+                self._source.decode(tensor, raw[tensor].to(self._device), value)
+                used += _aligned(nbytes)
+            self._set(parameter, value)
+        if unit.converted:
+            values = {}
+            for tensor in unit.converted:
+                info = self._source.tensors[tensor]
+                floating = info.dtype.is_floating_point
+                value = torch.empty(
+                    info.shape, dtype=self._dtype if floating else info.dtype, device=self._device
+                )
+                self._source.decode(tensor, raw[tensor].to(self._device), value)
+                values[tensor] = value
+            with quiet_transformers():
+                convert(self._model, values, self._dtype, self._device)
+        return aliased
+
+    def _set(self, name: str, value: Tensor) -> None:
+        path, _, own = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        if own in module._buffers:
+            module._buffers[own] = value.clone()  # small, and stays
+        else:
+            module._parameters[own] = nn.Parameter(value, requires_grad=False)
+
+    def _evict(self, layer: int) -> None:
+        path = f"{self._stack}.{layer}"
+        for name, module in self._model.get_submodule(path).named_modules(prefix=path):
+            for own in module._parameters:
+                if f"{name}.{own}" in self._meta:
+                    module._parameters[own] = self._meta[f"{name}.{own}"]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

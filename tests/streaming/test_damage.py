@@ -1,0 +1,110 @@
+"""Damaged checkpoints: one line that names the file or tensor, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import lmtt
+from lmtt.checkpoint.safetensors_source import INDEX, open_safetensors
+from lmtt.errors import CheckpointError
+
+Damage = Callable[[Path], None]
+
+
+def shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+def cut(folder: Path) -> None:
+    path = shard(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(folder: Path) -> None:
+    raw = bytearray(shard(folder).read_bytes())
+    at = raw.index(b'"shape":[') + len(b'"shape":[')
+    raw[at] ^= 1
+    shard(folder).write_bytes(raw)
+
+
+def pointer(folder: Path) -> None:
+    shard(folder).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+def outside(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../model.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def wrong_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def unnamed(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.layers.0.extra"] = shard(folder).name
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (cut, "cut short"),
+        (flip, "damaged"),
+        (pointer, "git-lfs pointer"),
+        (lambda folder: shard(folder).unlink(), "is missing"),
+        (outside, "outside its folder"),
+        (wrong_shape, "contradict the config in shape"),
+        (unnamed, "model.layers.0.extra"),
+    ],
+)
+@pytest.mark.usefixtures("always_streamed")
+def test_named_in_one_line(
+    checkpoint: Callable[[str], Path], tmp_path: Path, damage: Damage, says: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=says) as error:
+        lmtt.load(str(folder), memory="101MiB")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("always_streamed")
+def test_cut_while_it_is_read(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), folder)
+    engine = lmtt.load(str(folder), memory="101MiB")
+    for path in folder.glob("*.safetensors"):
+        with path.open("r+b") as file:
+            file.truncate(200)
+    with pytest.raises(CheckpointError, match="ended while it was read"):
+        engine.trace(input_ids=[5, 6, 7])
+
+
+def test_every_flipped_byte_of_a_header_is_refused_or_harmless(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), folder)
+    path = shard(folder)
+    whole = path.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for at in range(length):
+        raw = bytearray(whole)
+        raw[at] ^= 0x04
+        path.write_bytes(raw)
+        try:
+            open_safetensors(folder).close()
+        except CheckpointError:
+            refused += 1
+    assert refused > 0.8 * length  # the rest are bytes of metadata and of padding

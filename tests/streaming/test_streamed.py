@@ -1,0 +1,74 @@
+"""A streamed model gives what the resident one gives, to the last bit, and reads its layers once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lmtt
+from lmtt.errors import InputError
+from lmtt.run.layout import pack
+from lmtt.streaming.weights import StreamedWeights
+
+Make = Callable[[str], Path]
+PROMPTS = [np.arange(11) * 7 % 97, np.arange(5) + 3, np.arange(8) * 5 % 97]
+
+
+def assert_same(got: Any, want: Any) -> None:
+    ours, theirs = pack(got.data), pack(want.data)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert np.isfinite(got.data.resid_pre).all()
+    np.testing.assert_array_equal(got.data.resid_pre, want.data.resid_pre)
+    assert got.data.meta == want.data.meta
+
+
+@pytest.mark.usefixtures("always_streamed")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "gemma2"])
+def test_same_bits_within_three_limits(checkpoint: Make, name: str) -> None:
+    folder = checkpoint(name)
+    resident = lmtt.load(str(folder))
+    want = [resident.trace(input_ids=ids) for ids in PROMPTS]
+    for limit in ("101MiB", "110MiB", "2GiB"):
+        engine = lmtt.load(str(folder), memory=limit)
+        assert isinstance(engine._weights, StreamedWeights)
+        for ids, trace in zip(PROMPTS, want, strict=True):
+            got = engine.trace(input_ids=ids)
+            assert_same(got, trace)
+        route, same = got.route(-1, 0.04), trace.route(-1, 0.04)
+        assert route.to_json() == same.to_json()
+    assert np.array_equal(got.contribution_map(1, 2), trace.contribution_map(1, 2))
+    assert got.neurons(1, 3, k=3) == trace.neurons(1, 3, k=3)
+
+
+@pytest.mark.usefixtures("always_streamed")
+def test_prompts_of_a_list_share_each_read(checkpoint: Make) -> None:
+    folder = checkpoint("llama")
+    engine = lmtt.load(str(folder), memory="101MiB")
+    alone = [engine.trace(input_ids=ids) for ids in (PROMPTS[1], PROMPTS[1][::-1])]
+    before = engine._weights.bytes_read
+    together = engine.trace(input_ids=np.stack([PROMPTS[1], PROMPTS[1][::-1]]))
+    layers = sum(sum(engine._weights._source.tensors[t].nbytes for t in unit.tensors)
+                 for unit in engine._weights._assignment.layers)  # fmt: skip
+    assert engine._weights.bytes_read - before == layers
+    for got, want in zip(together, alone, strict=True):
+        assert_same(got, want)
+
+
+def test_too_little_memory_says_what_would_do(checkpoint: Make) -> None:
+    folder = checkpoint("llama")
+    with pytest.raises(InputError, match=r"at least ([\d.]+MiB)") as error:
+        lmtt.load(str(folder), memory="1MiB")
+    enough = str(error.value).split("at least ")[1].split(";")[0]
+    lmtt.load(str(folder), memory=enough).trace(input_ids=[5])
+
+
+def test_what_fits_stays(checkpoint: Make) -> None:
+    engine = lmtt.load(str(checkpoint("llama")), memory="2GiB")
+    assert not isinstance(engine._weights, StreamedWeights)
+    assert len(engine.generate(input_ids=[3, 4], max_new_tokens=2, trace=False).ids) == 2
