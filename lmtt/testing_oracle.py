@@ -311,7 +311,7 @@ def assert_trace(trace: Any, layer: int, parts: Parts, where: str) -> None:
         rivals = [block] if parallel else []
         every = torch.stack([*parts.pairs.flatten(0, 1), parts.base, parts.attention_bias, *rivals])
         expected = shares(every, whole)
-        pairs, others = expected[: H * T].unflatten(0, (H, T)), expected[H * T :]
+        pairs, others = torch.unflatten(expected[: H * T], 0, (H, T)), expected[H * T :]
         same(_stored_pairs(trace.data, layer, H, T), pairs, "stored heads")
         maps = np.stack([trace.contribution_map(layer, head) for head in range(H)])
         same(maps.transpose(0, 2, 1), pairs, "heads on demand")
