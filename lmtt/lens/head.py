@@ -144,7 +144,8 @@ def raw_scores(head: Head, updates: Tensor) -> Tensor:
     for module in head.through:
         x = module(x[None])[0] - module(torch.zeros_like(x)[None])[0]
     if head.rows is not head.weight:
-        return head.unembed.product(x)  # type: ignore[no-any-return, operator] # TiledUnembedding
+        scores: Tensor = head.unembed.product(x)  # type: ignore[operator] # a TiledUnembedding
+        return scores
     return x @ head.weight.to(x.dtype).T
 
 

@@ -62,7 +62,7 @@ def _parameters_on_meta() -> Iterator[None]:
                 torch.empty_like(parameter, device="meta"), requires_grad=False
             )
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign] # put back below
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment] # put back below
     try:
         yield
     finally:

@@ -59,7 +59,7 @@ class Ring:
         self._units = units
         self._schedule = list(schedule)
         self._arena = arena
-        self._view = memoryview(arena.numpy())
+        self._view = arena.numpy().data
         self._held: deque[tuple[int, int, int]] = deque()  # (unit, start, end) in the arena, oldest first
         self._ready: deque[int] = deque()
         self._error: BaseException | None = None

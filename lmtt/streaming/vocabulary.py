@@ -43,7 +43,7 @@ class StoredRows:
         """Hold all rows as stored from now on; it is read once."""
         if self._kept is None:
             kept = anonymous(self._info.nbytes)
-            self._source.read_into(self._tensor, memoryview(kept.numpy()))
+            self._source.read_into(self._tensor, kept.numpy().data)
             self._kept = kept
 
     def drop(self) -> None:
@@ -61,7 +61,7 @@ class StoredRows:
             raw = self._kept[first * self._row : last * self._row]
         else:
             raw = torch.empty((last - first) * self._row, dtype=torch.uint8)
-            self._source.read_into(self._tensor, memoryview(raw.numpy()), first * self._row)
+            self._source.read_into(self._tensor, raw.numpy().data, first * self._row)
         out = torch.empty(last - first, *self.shape[1:], dtype=self.dtype, device=self.device)
         self._source.decode(self._tensor, raw, out, range(first, last))
         return out

@@ -180,7 +180,7 @@ class StreamedWeights:
         raw = {}
         for tensor in rest.tensors:
             raw[tensor] = anonymous(self._source.tensors[tensor].nbytes)
-            self._source.read_into(tensor, memoryview(raw[tensor].numpy()))
+            self._source.read_into(tensor, raw[tensor].numpy().data)
         self._fill(rest, raw, torch.empty(self._decoded_bytes(rest), dtype=torch.uint8, device=self._device))
         if check:
             refuse_nonfinite(self._model)

@@ -40,8 +40,8 @@ def test_same_bits_within_three_limits(checkpoint: Make, name: str) -> None:
         for ids, trace in zip(PROMPTS, want, strict=True):
             got = engine.trace(input_ids=ids)
             assert_same(got, trace)
-        route, same = got.route(-1, 0.04), trace.route(-1, 0.04)
-        assert route.to_json() == same.to_json()
+        route, same = (t.route(-1, 0.04).to_json() | {"cost": None} for t in (got, trace))
+        assert route == same
     assert np.array_equal(got.contribution_map(1, 2), trace.contribution_map(1, 2))
     assert got.neurons(1, 3, k=3) == trace.neurons(1, 3, k=3)
 
@@ -50,9 +50,9 @@ def test_same_bits_within_three_limits(checkpoint: Make, name: str) -> None:
 def test_prompts_of_a_list_share_each_read(checkpoint: Make) -> None:
     folder = checkpoint("llama")
     engine = lmtt.load(str(folder), memory="101MiB")
-    alone = [engine.trace(input_ids=ids) for ids in (PROMPTS[1], PROMPTS[1][::-1])]
+    alone = [engine.trace(input_ids=ids) for ids in (PROMPTS[1], PROMPTS[2][:5])]
     before = engine._weights.bytes_read
-    together = engine.trace(input_ids=np.stack([PROMPTS[1], PROMPTS[1][::-1]]))
+    together = engine.trace(input_ids=np.stack([PROMPTS[1], PROMPTS[2][:5]]))
     layers = sum(sum(engine._weights._source.tensors[t].nbytes for t in unit.tensors)
                  for unit in engine._weights._assignment.layers)  # fmt: skip
     assert engine._weights.bytes_read - before == layers
