@@ -198,7 +198,7 @@ def _dense(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
 
 
 def _dense_weight(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
-    """As `_dense`, quicker where the weight is the transpose of a dense one, as those of linear layers are."""
+    """As `_dense`; quicker where the weight is the transpose of a dense one, as linear layers' are."""
     _check_shape(name, tensor, shape)
     rows, columns = tensor.numel() // shape[-1] if shape[-1] else 0, shape[-1]
     source = tensor.detach().reshape(rows, columns).t()

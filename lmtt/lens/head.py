@@ -146,7 +146,8 @@ def raw_scores(head: Head, updates: Tensor) -> Tensor:
     if head.rows is not head.weight:
         scores: Tensor = head.unembed.product(x)  # type: ignore[operator] # a TiledUnembedding
         return scores
-    return x @ head.weight.to(x.dtype).T
+    plain: Tensor = x @ head.weight.to(x.dtype).T
+    return plain
 
 
 def _through(head: Head, x: Tensor) -> Tensor:
@@ -236,7 +237,8 @@ def _chain(
     place = next((n for n in range(len(seen) - 1, -1, -1) if seen[n][0] is unembed), None)
     if place is None:
         return None
-    wanted, chain, scale = seen[place][1], [], 1.0
+    wanted, scale = seen[place][1], 1.0
+    chain: list[nn.Module] = []
     while not _same(wanted, states):
         before = range(place - 1, -1, -1)
         place = next((n for n in before if _same(seen[n][2], wanted)), None)

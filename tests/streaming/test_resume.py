@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -80,6 +81,7 @@ def test_killed_anywhere(checkpoint: Callable[[str], Path], tmp_path: Path) -> N
             time.sleep(chance.uniform(0, 0.3))
             child.send_signal(signal.SIGKILL)
     engine.trace(input_ids=IDS, out=run, resume=True)
+    assert json.loads(contents(run)["run.json"]) == json.loads(want["run.json"])  # says where they differ
     assert contents(run) == want
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,6 +23,12 @@ from lmtt.viz.app import Dashboard  # noqa: E402 - after the check for panel
 from lmtt.viz.jobs import Worker  # noqa: E402
 from lmtt.viz.models import Models  # noqa: E402
 from lmtt.viz.state import Asked, Policy, Server, Shown, State, read_upload, saved  # noqa: E402
+
+
+def finished(coroutine):
+    """What a coroutine returns. In a thread of its own: this one may be in playwright's loop."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()
 
 
 def unpacked(store):
@@ -212,7 +219,7 @@ def test_sessions_share_nothing(server):
 )
 def test_every_pick_fills_the_details_without_a_model(server, picked):
     dashboard = Dashboard(server, "a")
-    asyncio.run(dashboard.details.show(server.first, picked, False))
+    finished(dashboard.details.show(server.first, picked, False))
     assert len(shown_text(dashboard.details.pane)) > 20
     assert not dashboard.details.pane.loading
 
@@ -223,7 +230,7 @@ def test_every_tab_fills_without_a_model(server, dark):
     dashboard.state.dark = dark
     for index, name in enumerate(("Lens", "Contrast", "Heads", "Output", "Cost"), 1):
         dashboard.tabs.active = index
-        asyncio.run(dashboard.refresh())
+        finished(dashboard.refresh())
         assert len(dashboard.bodies[name]), name
     assert "opened without its model" in shown_text(dashboard.bodies["Lens"])
 
@@ -237,12 +244,12 @@ def test_files_of_this_machine_can_be_named_on_this_machine_only(server, tmp_pat
         class Event:
             new = str(tmp_path / "other")
 
-        asyncio.run(dashboard.open_path(Event))
+        finished(dashboard.open_path(Event))
         assert len(dashboard.state.trace.tokens) == tokens
         assert (dashboard.path in dashboard.page.select()) == (given is server)
 
 
 def test_a_run_without_a_model_is_a_sentence(server):
     dashboard = Dashboard(server, "a")
-    asyncio.run(dashboard.run())
+    finished(dashboard.run())
     assert "this server has no model" in str(dashboard.message.object)
