@@ -263,7 +263,7 @@ def test_the_choice_has_a_reason(case):
 
 def test_a_backend_that_is_not_installed_or_cannot_run_says_so(monkeypatch, case):
     task = case.neurons(0)
-    # A dictionary of its own: entries taken out and put back would change the order for every test that follows.
+    # A dictionary of its own: entries taken out and put back would stand in another order ever after.
     backends = {"cpp": "lmtt.kernels.backends.absent_backend", "reference": registry.BACKENDS["reference"]}
     monkeypatch.setattr(registry, "BACKENDS", backends)
     assert registry.availability() == {"cpp": "not part of this installation", "reference": None}
