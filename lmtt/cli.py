@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "model", nargs="?", metavar="MODEL", help="also print this model's discovered structure"
     )
+    doctor.add_argument(
+        "--opaque", action="store_true", help="let sublayers in that cannot be taken apart, as one part"
+    )
     doctor.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     doctor.set_defaults(run=_doctor)
     return parser
@@ -330,7 +333,7 @@ def _serve(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from lmtt.doctor import report
 
-    for line in report(options.model):
+    for line in report(options.model, options.opaque):
         print(line)
 
 

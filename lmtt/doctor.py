@@ -10,8 +10,10 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "gguf", "triton", "networkx", "panel", "bokeh")
 
 
-def report(model: str | None = None) -> Iterator[str]:
+def report(model: str | None = None, opaque: bool = False) -> Iterator[str]:
     """Lines about this machine; with a model, also its layers as they were discovered and proved.
+
+    opaque : sublayers that cannot be taken apart are let in as one part (see `lmtt.load`).
 
     Raises `LmttError` if the model cannot be read or its parts do not add up.
     """
@@ -24,7 +26,7 @@ def report(model: str | None = None) -> Iterator[str]:
     yield _demo()
     if model is not None:
         yield ""
-        yield from structure(model)
+        yield from structure(model, opaque)
 
 
 def _version(name: str) -> str:
@@ -70,12 +72,12 @@ def _demo() -> str:
         return f"demo model: no, {error}"
 
 
-def structure(model: Any) -> Iterator[str]:
+def structure(model: Any, opaque: bool = False) -> Iterator[str]:
     """What a model is, and a picture of each kind of layer (see `lmtt.picture`)."""
     from lmtt.engine import Engine, load
     from lmtt.picture import draw
 
-    engine = model if isinstance(model, Engine) else load(model)
+    engine = model if isinstance(model, Engine) else load(model, opaque=opaque)
     i = engine.info
     size = f"{i.n_layers} layers, d_model {i.d_model}, vocabulary {i.d_vocab}, {i.dtype}"
     yield f"{i.name} ({i.model_type}): {size}"

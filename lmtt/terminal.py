@@ -7,7 +7,7 @@ hand. Every string of a prompt or vocabulary goes through `visible` and into a `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from rich import box
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lmtt.errors import StructureError
 from lmtt.graph.export import edge_heads, predictions
-from lmtt.graph.summary import strongest_attention
+from lmtt.graph.summary import not_taken_apart, strongest_attention
 from lmtt.graph.text import clipped, quoted, token_label, visible
 from lmtt.spans import F64, Span, spans_of, summed
 
@@ -55,7 +55,8 @@ def _parts(trace: Trace, route: Route, by: str, generation: Generation | None) -
     values = summed(shares.tokens, spans)
     model = visible(str(data.meta["model"]["name"]))
     yield Text.assemble((model, "bold"), f"  {len(data.parallel)} layers, {len(data.tokens)} tokens")
-    yield from _whole(data.meta.get("whole_sublayers", []))
+    for line in not_taken_apart(data.meta.get("whole_sublayers", [])):
+        yield Text(line, "yellow")
     yield Text("")
     if len(data.tokens) <= SHOWN_TOKENS:
         yield shaded(spans, values, route.position)
@@ -79,14 +80,6 @@ def _parts(trace: Trace, route: Route, by: str, generation: Generation | None) -
     if neurons is not None:
         yield _heading("strongest neurons", f"at {quoted(data.tokens[route.position])} [{route.position}]")
         yield neurons
-
-
-def _whole(sublayers: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    """One line for each sublayer that was not taken apart, with the reason in its first layer."""
-    for kind, sublayer in dict.fromkeys((s["kind"], s["sublayer"]) for s in sublayers):
-        alike = [s for s in sublayers if (s["kind"], s["sublayer"]) == (kind, sublayer)]
-        where = f"{len(alike)} layers" if len(alike) > 1 else f"layer {alike[0]['layer']}"
-        yield Text(f"one part in {where}: {sublayer} ({kind}, {visible(alike[0]['reason'])})", "yellow")
 
 
 def shaded(spans: Sequence[Span], values: F64, position: int) -> Text:

@@ -41,6 +41,8 @@ class Layout:
     # "a+b" where one neuron has a column in two weights
     attention_norm: str | None = None  # a norm between the output projection and the stream
     mlp_norm: str | None = None  # likewise of the MLP
+    second: tuple[str, str] | None = None  # the down projection of a second MLP, and the norm that follows it
+    scale: str | None = None  # what the layer multiplies the stream with when all is added
     attends: bool = True  # False: something else in the attention's place
 
 
@@ -50,6 +52,7 @@ class Parts:
 
     base: Tensor  # [T, D]
     mid: Tensor  # [T, D]
+    carried: Tensor  # [T, D], mid as it is part of post: scaled where the layer scales the stream
     post: Tensor  # [T, D]
     pairs: Tensor  # [H, T, T, D], the second axis is the source; H = 0 without attention
     attention_bias: Tensor  # [T, D]
@@ -107,12 +110,17 @@ def take_away(
     post = bench.run()
     pairs = post.new_zeros(0, bench.tokens, *post.shape)
     bias = torch.zeros_like(post)
+    scale = bench.scale()
     with bench.silent_mlp():
-        mid = bench.run()
+        carried = bench.run()
+        mid = carried / scale
         if layout.attends:
+            assert layout.scale is None or layout.attention_norm is not None, (
+                "differences of mid would be scaled"
+            )
             pairs, bias = _attention_parts(bench, mid, heads)
     neurons, mlp_bias = _mlp_parts(bench, post)
-    return Parts(bench.base, mid, post, pairs, bias, neurons, mlp_bias)
+    return Parts(bench.base, mid, carried, post, pairs, bias, neurons * scale, mlp_bias * scale)
 
 
 class _SilentSource(TorchFunctionMode):
@@ -188,9 +196,16 @@ class _Bench:
     @contextmanager
     def silent_mlp(self) -> Iterator[None]:
         """Every weight and bias of the down projections is zero: the MLP adds nothing."""
-        weights = [self.layer.get_parameter(n) for name in self.layout.down for n in name.split("+")]
+        names = self.layout.down + (self.layout.second or ())[:1]
+        weights = [self.layer.get_parameter(n) for name in names for n in name.split("+")]
         with self.zeroed(*((parameter, ...) for parameter in weights + self.mlp_biases())):
             yield
+
+    def scale(self) -> Tensor:
+        """What the layer multiplies the stream with at its end."""
+        if self.layout.scale is None:
+            return torch.ones((), dtype=self.base.dtype)
+        return self.layer.get_buffer(self.layout.scale)
 
     def mlp_biases(self) -> list[Tensor]:
         known = dict(self.layer.named_parameters())
@@ -248,21 +263,31 @@ def _attention_parts(bench: _Bench, mid: Tensor, heads: int) -> tuple[Tensor, Te
 
 
 def _mlp_parts(bench: _Bench, post: Tensor) -> tuple[Tensor, Tensor]:
-    layout, width = bench.layout, post.shape[1]
+    layout = bench.layout
+    groups = [_neuron_parts(bench, layout.down, layout.mlp_norm, post.shape[1])]
+    if layout.second is not None:
+        groups.append(_neuron_parts(bench, layout.second[:1], layout.second[1], post.shape[1]))
+    return torch.cat([neurons for neurons, _ in groups]), sum(
+        (bias for _, bias in groups), torch.zeros_like(post)
+    )
 
+
+def _neuron_parts(
+    bench: _Bench, down: tuple[str, ...], norm_name: str | None, width: int
+) -> tuple[Tensor, Tensor]:
     def raw() -> Tensor:
-        return bench.run() if layout.mlp_norm is None else bench.watch(layout.mlp_norm, "input")
+        return bench.run() if norm_name is None else bench.watch(norm_name, "input")
 
     whole = raw()
-    norm = bench.held(layout.mlp_norm)
+    norm = bench.held(norm_name)
     neurons = []
-    for name in layout.down:
+    for name in down:
         weights = [bench.layer.get_parameter(n) for n in name.split("+")]
         for column in _columns(weights[0], width):
             with bench.zeroed(*((weight, column) for weight in weights)):
                 neurons.append(norm(whole - raw()))
-    biases = torch.zeros_like(post)
-    for bias in bench.mlp_biases():
+    biases = torch.zeros_like(bench.base)
+    for bias in bench.mlp_biases() if down == bench.layout.down else ():
         with bench.zeroed((bias, ...)):
             biases += norm(whole - raw())
     return torch.stack(neurons), biases
@@ -287,7 +312,7 @@ TOLERANCE = 5e-6
 
 def assert_complete(parts: Parts) -> None:
     """What was taken away piece by piece is all that there was."""
-    steps = [(parts.mid, parts.post, parts.neurons.sum(0) + parts.mlp_bias)]
+    steps = [(parts.carried, parts.post, parts.neurons.sum(0) + parts.mlp_bias)]
     if len(parts.pairs):
         steps.append((parts.base, parts.mid, parts.pairs.sum((0, 1)) + parts.attention_bias))
     for before, after, added in steps:
@@ -305,7 +330,7 @@ def assert_trace(trace: Any, layer: int, parts: Parts, where: str) -> None:
         assert_within(torch.as_tensor(got), want, TOLERANCE, f"{where}: {what}")
 
     parallel = bool(trace.data.parallel[layer])
-    whole, block = parts.post if parallel else parts.mid, parts.post - parts.mid
+    whole, block = parts.post if parallel else parts.mid, parts.post - parts.carried
     H, T = parts.pairs.shape[:2]
     if H:
         rivals = [block] if parallel else []
@@ -323,8 +348,8 @@ def assert_trace(trace: Any, layer: int, parts: Parts, where: str) -> None:
         mixer = shares(torch.stack([parts.base, parts.mid - parts.base]), parts.mid)
         same(trace.opaque[layer], mixer[1], "what stands in the attention's place")
     if not parallel:
-        same(trace.mlp[layer], shares(torch.stack([parts.mid, block]), parts.post)[1], "mlp")
-    expected = shares(torch.stack([*parts.neurons, parts.mid, parts.mlp_bias]), parts.post)[:-2]
+        same(trace.mlp[layer], shares(torch.stack([parts.carried, block]), parts.post)[1], "mlp")
+    expected = shares(torch.stack([*parts.neurons, parts.carried, parts.mlp_bias]), parts.post)[:-2]
     F = len(expected)
     kept = trace.data.neurons
     assert bool((kept.index[layer, :, F:] == -1).all()), f"{where}: more neurons than there are"

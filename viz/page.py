@@ -22,7 +22,7 @@ import numpy as np
 
 from lmtt.graph.export import predictions
 from lmtt.graph.routes import Route
-from lmtt.graph.summary import heads_text, strongest_attention, strongest_tokens
+from lmtt.graph.summary import heads_text, not_taken_apart, strongest_attention, strongest_tokens
 from lmtt.graph.text import quoted, token_label
 from lmtt.viz import theme
 from lmtt.viz.markup import SHADES, meter, safe, step, token_cell
@@ -146,5 +146,6 @@ def _footer(given: Route) -> str:
     return safe(
         "An edge is on the route if its contribution, and every one on some way from it to the target, "
         f"is above the threshold. Measure {meta['measure']}; edges kept above {meta['floor']:g}; "
-        f"computed in {meta['dtype']}; {versions}."
+        f"computed in {meta['dtype']}; {versions}. "
+        + "".join(f"Not taken apart, {line}. " for line in not_taken_apart(meta.get("whole_sublayers", [])))
     )

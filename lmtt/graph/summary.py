@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +17,16 @@ if TYPE_CHECKING:
 LISTED = 6  # how many tokens and edges are worth a line
 HEADS = 3
 PROMPT_WIDTH = 84
+
+
+def not_taken_apart(sublayers: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each kind of sublayer that is one part (`Trace.whole_sublayers`), with its first reason."""
+    lines = []
+    for kind, sublayer in dict.fromkeys((s["kind"], s["sublayer"]) for s in sublayers):
+        alike = [s for s in sublayers if (s["kind"], s["sublayer"]) == (kind, sublayer)]
+        where = f"{len(alike)} layers" if len(alike) > 1 else f"layer {alike[0]['layer']}"
+        lines.append(f"one part in {where}: {sublayer} ({kind}, {visible(alike[0]['reason'])})")
+    return lines
 
 
 def strongest_attention(route: Route, n: int) -> list[int]:

@@ -129,7 +129,14 @@ CASES = {
         ),
         intermediate_size=EXPERTS,
     ),
-    "gemma4_text": case("gemma4_text", SANDWICH),
+    "gemma4_text": case(
+        "gemma4_text",
+        replace(
+            SANDWICH,
+            second=("per_layer_projection.weight", "post_per_layer_input_norm"),
+            scale="layer_scalar",
+        ),
+    ),
     "qwen3_next": case(
         "qwen3_next",
         replace(LLAMA, down=("mlp.experts.down_proj", "mlp.shared_expert.down_proj.weight"), attends=False),
@@ -148,22 +155,12 @@ NO_SDPA = {
 }  # transformers has none for them
 # Elsewhere both compute the same; falcon rounds and scales ALiBi differently in each.
 DIFFERENT_SDPA = {"falcon_alibi"}
-PENDING = {
-    "llama4_text": "routed experts that scale their input are taken whole",
-    "gemma4_text": "layers that scale the stream itself are refused",
-    "llama_lora": "a low-rank adapter is a second write beside the projection's own",
-}
 RUNS = [
     (name, attention)
     for name in CASES
     for attention in ("eager", "sdpa")
     if attention == "eager" or name not in NO_SDPA
 ]
-
-
-def pending(name: str, *more: str) -> Any:
-    marks = [pytest.mark.xfail(reason=PENDING[name], strict=False)] if name in PENDING else []
-    return pytest.param(name, *more, marks=marks)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -206,7 +203,7 @@ def parts_of(name: str, attention: str = "eager") -> list[Parts]:
     ]
 
 
-@pytest.mark.parametrize("name", [pending(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_the_oracle_itself_is_complete(name: str) -> None:
     """What was taken away piece by piece is all that there was, and no piece was nothing."""
     for parts in parts_of(name):
@@ -214,7 +211,7 @@ def test_the_oracle_itself_is_complete(name: str) -> None:
         assert (parts.pairs.abs().amax((-2, -1)) > 0).all(), "a head or source adds nothing"
 
 
-@pytest.mark.parametrize(("name", "attention"), [pending(*run) for run in RUNS])
+@pytest.mark.parametrize(("name", "attention"), RUNS)
 def test_heads_neurons_and_blocks_are_the_oracles(name: str, attention: str) -> None:
     engine = lmtt.load(build(name, attention, torch.float64))
     trace = engine.trace(input_ids=prompt()[0].numpy(), floor=0.0, neurons=1000)
@@ -223,7 +220,7 @@ def test_heads_neurons_and_blocks_are_the_oracles(name: str, attention: str) -> 
         assert_trace(trace, layer, parts, f"{name}, layer {layer}")
 
 
-@pytest.mark.parametrize(("name", "attention"), [pending(*run) for run in RUNS])
+@pytest.mark.parametrize(("name", "attention"), RUNS)
 def test_looking_changes_no_bit(name: str, attention: str) -> None:
     """States and logits of a traced run are those of an ordinary one, and so is the model afterwards."""
     model, ids = build(name, attention, torch.float32), prompt()

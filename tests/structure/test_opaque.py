@@ -13,6 +13,7 @@ from lmtt.errors import StructureError
 from lmtt.graph.export import route_json
 from lmtt.terminal import show
 from lmtt.testing_models import tiny_model, tiny_prompt
+from lmtt.viz.page import route_page
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,7 @@ def test_every_output_marks_it(spoiled: Any) -> None:
     text = io.StringIO()
     show(trace, route, file=text)
     assert "one part in 2 layers: mlp.experts (opaque" in text.getvalue()
+    assert "one part in 2 layers: mlp.experts (opaque" in route_page(route)
     assert np.isfinite(trace.mlp).all()
     assert trace.mlp.max() > 0  # still a part of the whole
 
