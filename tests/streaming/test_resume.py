@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import lmtt
 
@@ -20,10 +21,12 @@ KILLS = 6  # of the 64 of the long suite
 IDS = list(range(3, 12))
 SCRIPT = """
 import sys, time
+import torch
 import lmtt
 from lmtt.streaming.weights import StreamedWeights
 StreamedWeights.would_stay = lambda self, tokens: False
-folder, out = sys.argv[1:]
+folder, out, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # the model's own products depend on it in the last bits
 engine = lmtt.load(folder, memory="101MiB")
 print("loaded", flush=True)
 def slowly(done, total):
@@ -73,7 +76,8 @@ def test_killed_anywhere(checkpoint: Callable[[str], Path], tmp_path: Path) -> N
     run = tmp_path / "run"
     for _ in range(KILLS):
         with subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder), str(run)], stdout=subprocess.PIPE,
+            [sys.executable, "-c", SCRIPT, str(folder), str(run), str(torch.get_num_threads())],
+            stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONSAFEPATH": "1"},
         ) as child:  # fmt: skip
             assert child.stdout is not None
