@@ -21,8 +21,8 @@ constexpr int64_t kSources = 48;       // sources whose u are formed together: t
 constexpr int64_t kDirectionRows = 512;  // rows of directions that one thread takes: more share a table of sums,
                                          // fewer share the work among threads
 
-// A row's certificate grows about as the square root of its threshold (on real activations: with the power 0.55), so
-// that the threshold for a certificate is known from one that was tried. Aiming lower than asked saves attempts.
+// A row's certificate grows about as the square root of its threshold on real activations, so that the threshold for
+// a certificate is guessed from one that was tried. Aiming lower than asked saves attempts.
 constexpr int kAttempts = 3;
 constexpr double kAim = 0.7;
 

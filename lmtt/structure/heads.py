@@ -9,7 +9,7 @@ linear map, times a number g[i, h, e] per token: heads keep their form, with W_O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from lmtt.errors import StructureError
 from lmtt.kernels.types import Attention
 from lmtt.structure.attention_hook import AttentionCall, default_scale, plain_mask
 from lmtt.structure.discover import REARRANGES
-from lmtt.structure.lineage import ADD, DIV, MUL, SAME, SUB
+from lmtt.structure.lineage import ADD, DIV, MUL, SAME, SUB, tensors_in
 from lmtt.structure.modules import is_linear, linearise_norm
 
 # What takes only the shape or kind of its second argument.
@@ -81,7 +81,7 @@ class WatchBetween(TorchFunctionMode):
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._done:
-                self._done, self.reads = True, next(iter(_tensors((args, kwargs))))
+                self._done, self.reads = True, next(iter(tensors_in((args, kwargs))))
 
         for name, module in self._layer.named_modules():
             if name == self._linear:
@@ -105,26 +105,15 @@ class WatchBetween(TorchFunctionMode):
         follows = not self._done and not self._within and self._from
         name = getattr(func, "__name__", "")
         given = args[:1] if name in _LIKE else (args, kwargs)
-        concerned = follows and any(_key(tensor) in self._from for tensor in _tensors(given))
+        concerned = follows and any(_key(tensor) in self._from for tensor in tensors_in(given))
         output = func(*args, **kwargs)
-        if concerned and next(_tensors(output), None) is not None:
+        if concerned and next(tensors_in(output), None) is not None:
             self._note(_Op(name, func, args, kwargs, output))
         return output
 
     def _note(self, op: _Op) -> None:
         self.ops.append(op)
-        self._from |= {_key(tensor) for tensor in _tensors(op.output)}
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors(value)
+        self._from |= {_key(tensor) for tensor in tensors_in(op.output)}
 
 
 def assemble_heads(
@@ -317,7 +306,7 @@ def _replay(between: WatchBetween, values: dict[_Key, Tensor], base: int | None,
         return value
 
     for op in between.ops:
-        given = [tensor for tensor in _tensors(op.args) if _key(tensor) in values]
+        given = [tensor for tensor in tensors_in(op.args) if _key(tensor) in values]
         if not given:
             continue
         x = values[_key(given[0])]
@@ -337,7 +326,7 @@ def _replay(between: WatchBetween, values: dict[_Key, Tensor], base: int | None,
             result = a + sign * b if base is None else a + base * b
         else:
             raise StructureError(f"{where}: {op.name!r} lies behind its attention, which is not linear")
-        for old, new in zip(_tensors(op.output), _tensors(result), strict=True):
+        for old, new in zip(tensors_in(op.output), tensors_in(result), strict=True):
             values[_key(old)] = new
     assert between.reads is not None
     if _key(between.reads) not in values:

@@ -79,15 +79,16 @@ class Node:
             stack.extend(node.inputs)
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dictionaries, in order."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (tuple, list)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(values, dict):
         for value in values.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
 class Lineage(TorchFunctionMode):
@@ -145,7 +146,7 @@ class Lineage(TorchFunctionMode):
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.inside.append(name)
             self.calls[name] = self.calls.get(name, 0) + 1
-            first = next(_tensors([args, kwargs]), None)
+            first = next(tensors_in([args, kwargs]), None)
             if first is not None:
                 node = self.node(first)
                 self.module_input[name] = node
@@ -156,7 +157,7 @@ class Lineage(TorchFunctionMode):
     def _leave_module(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             self.inside.pop()
-            first = next(_tensors(output), None)
+            first = next(tensors_in(output), None)
             if first is not None:
                 self.node(first).modules.append(name)
 
@@ -178,9 +179,9 @@ class Lineage(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        given = [(tensor, self.node(tensor)) for tensor in _tensors([args, kwargs])]
+        given = [(tensor, self.node(tensor)) for tensor in tensors_in([args, kwargs])]
         output = func(*args, **kwargs)
-        produced = list(_tensors(output))
+        produced = list(tensors_in(output))
         if name == "__setitem__" and given:
             produced = [given[0][0]]
         if not produced or name in {"__get__", "__set__"}:
