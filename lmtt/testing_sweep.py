@@ -57,7 +57,7 @@ class Verdict:
     layers: str = ""  # its kinds of layers, as sums
     seen: str = ""  # how its attention is seen
     closure: tuple[float, float] | None = None  # largest relative error, float32 and float64
-    seconds: float = 0.0  # discovery of all its layers, of the processor
+    seconds: float = 0.0  # discovery of all its layers, of its thread
     unchecked: str = ""  # full only: why the oracle has no say
 
 
@@ -133,10 +133,10 @@ def _pass(model: Any, ids: Tensor, opaque: bool) -> _Pass:
     structures, captured = [], []
     with watching(model):
         for i, (layer, call) in enumerate(zip(layers, calls.calls, strict=True)):
-            start = time.process_time()
+            start = time.thread_time()
             given = (hidden, call.args, call.kwargs)
             found = discover_layer(layer, *given, index=i, opaque=opaque)
-            seconds += time.process_time() - start
+            seconds += time.thread_time() - start
             structures.append(admit(layer, found, i, *given) if opaque else found)
             hidden, seen = capture_layer(layer, structures[-1], i, *given)
             captured.append(seen)
