@@ -107,6 +107,14 @@ lmtt::Parts parts_of(const Arguments& a, const char* residual, int64_t T, int64_
   return p;
 }
 
+// Seconds of the calling thread, by the names that lmtt.profile.clock gives phases.
+py::dict seconds_of(const lmtt::Stages& stages) {
+  py::dict result;
+  result["screening"] = stages.screening, result["exact evaluation"] = stages.evaluation;
+  result["reduction"] = stages.reduction;
+  return result;
+}
+
 py::dict attention(const py::kwargs& kwargs) {
   const Arguments a(kwargs);
   lmtt::AttentionInput in{};
@@ -160,6 +168,7 @@ py::dict attention(const py::kwargs& kwargs) {
   py::dict result;
   result["evaluated"] = out.evaluated, result["positive"] = out.positive;
   result["reevaluated"] = out.reevaluated;
+  result["seconds"] = seconds_of(out.stages);
   result["kept"] = py::bytearray(reinterpret_cast<const char*>(out.kept.data()), out.kept.size() * 16);
   return result;
 }
@@ -195,6 +204,7 @@ py::dict neurons(const py::kwargs& kwargs) {
   }
   py::dict result;
   result["evaluated"] = out.evaluated, result["positive"] = out.positive;
+  result["seconds"] = seconds_of(out.stages);
   return result;
 }
 

@@ -124,7 +124,9 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
 }
 
 void Pass::run() {
+  Stopwatch watch;
   prepare();
+  out.stages.screening += watch.lap();
   std::vector<int32_t> rows;
   for (int64_t i = T - 1; i >= 0; --i) rows.push_back(static_cast<int32_t>(i));  // the longest first: better balance
   do_rows(rows);
@@ -199,6 +201,7 @@ void Pass::do_rows(const std::vector<int32_t>& rows) {
   for (int64_t done = 0; done < all; done += at_once) {
     const int32_t* these = rows.data() + done;
     const int64_t count = std::min(at_once, all - done);
+    Stopwatch watch;
     directions(these, count);
 
     std::vector<Block> blocks;
@@ -217,8 +220,11 @@ void Pass::do_rows(const std::vector<int32_t>& rows) {
       for (Block& b : blocks) {
         if (b.screened) ready.push_back(&b);
       }
+      out.stages.screening += watch.lap();
       evaluate(ready);
+      out.stages.evaluation += watch.lap();
       parallel_for(in.threads, ready.size(), [&](int64_t b, int) { finish(*ready[b], these); });
+      out.stages.reduction += watch.lap();
 
       std::vector<Block> rest;
       for (Block& b : blocks) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/parts.h"
+#include "core/support.h"
 
 namespace lmtt {
 
@@ -39,6 +40,7 @@ struct AttentionOutput {
   float *edges, *per_head, *residual, *bias, *others, *normaliser, *certificate, *checksum;
   int64_t evaluated = 0, positive = 0, reevaluated = 0;
   std::vector<KeptPair> kept;  // in no particular order
+  Stages stages;
 };
 
 void attention_contributions(const AttentionInput& in, AttentionOutput& out);

@@ -10,6 +10,7 @@
 #include "core/neurons.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace lmtt {
 namespace {
@@ -22,6 +23,7 @@ struct Scratch {  // one thread's memory
   Buffer<float> panel, table, product;
   Buffer<Record> records;
   std::vector<std::pair<float, int32_t>> best, open;
+  double evaluating = 0;  // seconds; only of the calling thread, which is number 0
 };
 
 class Pass {
@@ -31,7 +33,7 @@ class Pass {
 
  private:
   void prepare();
-  void tile(int64_t tile, int64_t begin, int64_t end, Scratch& scratch);
+  void tile(int64_t tile, int64_t begin, int64_t end, Scratch& scratch, bool timed);
   void finish(int64_t i, Scratch& scratch);
   float exact(int64_t i, int64_t n, float coefficient, float g) const {
     const float over = kernel.overshoot(in.w_down + n * D, largest + n * blocks, in.parts.whole + i * D,
@@ -80,16 +82,21 @@ Pass::Pass(const NeuronInput& input, NeuronOutput& output)
 }
 
 void Pass::run() {
+  Stopwatch watch;
   prepare();
   for (first_row = 0; first_row < T; first_row += rows_at_once) {
     const int64_t end = std::min(T, first_row + rows_at_once);
     const int64_t stripes = (end - first_row + kTileRows - 1) / kTileRows;
     parallel_for(in.threads, tiles * stripes, [&](int64_t item, int thread) {
       const int64_t begin = first_row + item / tiles * kTileRows;
-      tile(item % tiles, begin, std::min(end, begin + kTileRows), scratch[thread]);
+      tile(item % tiles, begin, std::min(end, begin + kTileRows), scratch[thread], thread == 0);
     });
+    // Screening and evaluation alternate within a tile: the calling thread's own evaluation is told apart.
+    const double both = watch.lap(), exact_part = std::min(both, std::exchange(scratch[0].evaluating, 0.0));
+    out.stages.screening += both - exact_part, out.stages.evaluation += exact_part;
     parallel_for(in.threads, end - first_row,
                  [&](int64_t r, int thread) { finish(first_row + r, scratch[thread]); });
+    out.stages.reduction += watch.lap();
   }
   for (int64_t i = 0; i < T; ++i) out.positive += positive[i], out.evaluated += evaluated[i];
 }
@@ -111,7 +118,7 @@ void Pass::prepare() {
 }
 
 // Step 2, for rows begin..end.
-void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s) {
+void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s, bool timed) {
   const int64_t n0 = t * kTile, count = std::min(F - n0, kTile);
   for (int64_t n = 0; n < count; n += kPanel) {
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, count - n));
@@ -129,10 +136,20 @@ void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s) {
     const int64_t found = kernel.screen_neurons(
         count, in.act + i * F + n0, scale(i), s.product + (i - begin) * kTile, margin + n0, threshold[i],
         static_cast<int32_t>(i), static_cast<int32_t>(n0), row_values, s.records.get(), &row_sums);
-    for (int64_t m = 0; m < found; ++m) {
-      const Record& record = s.records[m];
-      row_values[record.source - n0] = exact(i, record.source, record.coefficient, record.value);
+    if (found == 0) continue;
+    const auto evaluate = [&] {
+      for (int64_t m = 0; m < found; ++m) {
+        const Record& record = s.records[m];
+        row_values[record.source - n0] = exact(i, record.source, record.coefficient, record.value);
+      }
+    };
+    if (!timed) {
+      evaluate();
+      continue;
     }
+    Stopwatch watch;
+    evaluate();
+    s.evaluating += watch.lap();
   }
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/parts.h"
+#include "core/support.h"
 
 namespace lmtt {
 
@@ -23,6 +24,7 @@ struct NeuronOutput {
   int64_t* index;
   float *value, *residual, *bias, *others, *normaliser, *certificate, *checksum;
   int64_t evaluated = 0, positive = 0;
+  Stages stages;
 };
 
 void neuron_contributions(const NeuronInput& in, NeuronOutput& out);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -58,6 +59,25 @@ class Buffer {
     void operator()(T* p) const { ::operator delete(p, kAlign); }
   };
   std::unique_ptr<T, Free> data_;
+};
+
+// Where the calling thread's time went: disjoint intervals of its own, other threads' work seen as waiting for them.
+struct Stages {
+  double screening = 0, evaluation = 0, reduction = 0;  // seconds
+};
+
+// Seconds since its making, or since the last lap.
+class Stopwatch {
+ public:
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const double spent = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    return spent;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
 // body(item, thread) for every item; threads take the next item when they are free, so no result may depend on

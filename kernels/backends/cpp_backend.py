@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmtt.errors import InputError
+from lmtt.kernels import stages
 from lmtt.kernels.types import AttentionResult, AttentionTask, NeuronResult, NeuronTask, Pairs
 
 NAME = "cpp"
@@ -88,6 +89,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         per_head=per_head.numpy(),
         **common.arrays(),
     )
+    stages.spent(counts["seconds"])
     return AttentionResult(
         edges=edges,
         per_head=per_head,
@@ -118,6 +120,7 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
         value=value.numpy(),
         **common.arrays(),
     )
+    stages.spent(counts["seconds"])
     return NeuronResult(
         index=index,
         value=value,
