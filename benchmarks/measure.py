@@ -208,6 +208,8 @@ def measure_everything(figure: Figure) -> dict[str, Any]:
     predicting; `total` is all of it. Each call reads the text from one token further on, so that nothing is
     remembered from the one before.
     """
+    from lmtt.profile.clock import ATTRIBUTION
+
     engine, ids = _model(figure)
     options: dict[str, Any] = {} if figure.screen is None else {"screen": figure.screen}
     engine.trace(input_ids=ids[0, :WARM_UP_TOKENS], **options).route()  # closure is proved here
@@ -224,7 +226,7 @@ def measure_everything(figure: Figure) -> dict[str, Any]:
         phases = dict(trace.cost["seconds"])
         return {
             "phases": {**phases, "routes": end - traced},
-            "attribution": phases["attribution"] + end - traced,
+            "attribution": sum(phases.get(phase, 0.0) for phase in ATTRIBUTION) + end - traced,
             "total": end - start,
             "result_bytes": result_bytes(trace.data),
             "edges": len(trace.data.edges.source),

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from lmtt.errors import BackendError, InputError
+from lmtt.kernels import stages
 from lmtt.kernels.types import Choice, NeuronTask
 
 
@@ -131,4 +132,5 @@ def run(op: str, task: object, *args: Any, backend: str = "auto", **options: Any
     choice = choose(op, backend, task)
     module = load(choice.backend)
     assert not isinstance(module, Unusable)
-    return getattr(module, op)(task, *args, **options), choice
+    with stages.whole():
+        return getattr(module, op)(task, *args, **options), choice

@@ -27,7 +27,7 @@ from lmtt import __version__
 from lmtt.checkpoint.load import Loaded, fingerprint_weights, parse_device, parse_dtype, resolve
 from lmtt.contributions import Block, Settings, as_block, attention_task, layer_shares, neuron_task
 from lmtt.errors import BackendError, CheckpointError, InputError, StructureError
-from lmtt.kernels import registry
+from lmtt.kernels import registry, stages
 from lmtt.kernels.directional_attention.reference import attention_pattern
 from lmtt.kernels.numerics import checksum_tolerance
 from lmtt.kernels.proximity.reference import pair_shares
@@ -36,7 +36,8 @@ from lmtt.lens.behaviour import NeuronPosition
 from lmtt.lens.head import Head, find_head, raw_scores
 from lmtt.lens.logit_attribution import LogitAttribution, LogitContributions
 from lmtt.lens.table import LensTable, lens_row, ranks
-from lmtt.loop import EVERY_RUN, Clock, Log, Prompt, Running, from_host, stream_room, to_host
+from lmtt.loop import EVERY_RUN, Log, Prompt, Running, cost_of, from_host, stream_room, to_host
+from lmtt.profile.clock import Clock
 from lmtt.run.data import Predictions, TraceData
 from lmtt.run.layout import Tail, assemble
 from lmtt.run.reader import read_run
@@ -309,21 +310,22 @@ class Engine:
         lengths = [len(prompt.tokens) for prompt in prompts]
         settings = replace(job.settings, workspace=self._weights.workspace(lengths, full=job.full))
         self._captured.clear()  # room for what comes
-        clock = Clock(self.info.device)
-        with watching(self.model), torch.no_grad():
+        with Clock(self.info.device, self._weights.traffic) as clock, watching(self.model), torch.no_grad():
             runs = [self._start(prompt, job, writer) for prompt, writer in zip(prompts, writers, strict=True)]
             first = _resume(runs)
-            clock.lap("dry run")
+            clock.begin("read")
             count = len(self._layers)
             with self._weights.reading(range(first, count), lengths, full=job.full) as turn:
                 for index in range(first, count):
+                    clock.begin("decode", index)
                     with turn(index):
-                        clock.lap("weights")
-                        for run in runs:
-                            self._layer(run, index, settings, clock)
+                        clock.arrived()
+                        for number, run in enumerate(runs):
+                            self._layer(run, index, settings, clock, number)
+                        clock.begin("decode", index)
                     if job.progress is not None:
                         job.progress(index + 1, count)
-            clock.lap("weights")
+            clock.arrived()
             self._proved = True
             return [self._finish(run, job, settings, clock, len(runs)) for run in runs]
 
@@ -336,33 +338,40 @@ class Engine:
             run.logits = LogitAttribution(self._find_head(), job.targets, len(prompt.tokens) - 1, hidden[0])
         return run
 
-    def _layer(self, run: Running, index: int, settings: Settings, clock: Clock) -> None:
-        """One prompt through one layer, which has its weights."""
+    def _layer(self, run: Running, index: int, settings: Settings, clock: Clock, number: int) -> None:
+        """One prompt, `number` of those that go together, through one layer, which has its weights."""
         layer, given, log = self._layers[index], run.hidden, Log()
+        clock.begin("discovery", index, number)
         structure = self._structure(index, layer, given, run.calls)
-        clock.lap("discovery")
+        clock.begin("forward", index, number)
         call = run.calls.calls[index]
         run.hidden, captured = capture_layer(layer, structure, index, given, call.args, call.kwargs)
         log.whole += whole_sublayers(captured)
-        clock.lap("forward")
+        clock.begin("closure", index, number)
         for closure in check_closure(captured, full=not self._proved):
             log.closed(closure.sublayer, closure.error)
-        clock.lap("closure")
-        shares = layer_shares(captured, settings)
+        # What a stream does is not over when a kernel returns: its steps are told apart on the CPU only.
+        clock.begin("contributions" if clock.cuda else "reduction", index, number)
+        with stages.listening() as steps:
+            shares = layer_shares(captured, settings)
+        clock.inner(steps)
         log.add(index, shares, checksum_tolerance(given.dtype))
+        clock.count(tokens=given.shape[1], edges=len(shares.arrays["edge_weight"]), **log.sums())
         if run.logits is not None:
+            clock.begin("lens", index, number)
             run.logits.add(captured)
-        run.done(index, shares.arrays, as_block(captured).post is None, log, given)
-        clock.lap("attribution")
+        run.done(index, shares.arrays, as_block(captured).post is None, log, given, clock)
 
     def _finish(self, run: Running, job: Job, settings: Settings, clock: Clock, together: int) -> Trace:
         """Predictions, and everything that a trace has once."""
         prompt = run.prompt
+        clock.begin("transfer")
         if run.stream is not None:
             run.stream[-1] = to_host(run.hidden[0])
+        clock.begin("lens")
         predictions, choice = self._predict(prompt.input_ids, run.hidden, run.calls)
         run.log.choices[choice.op] = choice
-        clock.lap("predictions")
+        clock.begin("store")
         tail = Tail(
             tokens=prompt.tokens,
             input_ids=prompt.input_ids[0].cpu().numpy(),
@@ -373,15 +382,19 @@ class Engine:
         meta = self._meta(settings, job.full, predictions, run.log)
         if prompt.text is not None:
             meta["prompt"] = prompt.text.to_meta()
-        cost = clock.cost(run.log, together)
+        cost = cost_of(clock, run.log, together)
         if run.writer is not None:
             run.writer.finish(tail, meta, cost)
             meta = {**meta, "manifest": run.writer.manifest}
         logits = None
         if run.logits is not None:
+            clock.begin("lens")
             names = [self.token(target) for target in job.targets]
             logits = run.logits.finish(run.hidden[0, -1], prompt.tokens, names)
-        return Trace(assemble(run.layers, tail, meta, cost, resid_pre=run.stream), self, logits)
+        clock.begin("transfer")
+        trace = Trace(assemble(run.layers, tail, meta, cost, resid_pre=run.stream), self, logits)
+        clock.begin("store")
+        return trace
 
     def _writer(self, path: Out, prompt: Prompt, job: Job, resume: bool, force: bool) -> RunWriter:
         """The run's directory, locked, before anything is computed."""

@@ -1,10 +1,8 @@
-"""One prompt on its way through the layers, what its layers report, and the clock beside it."""
+"""One prompt on its way through the layers, and what its layers report."""
 
 from __future__ import annotations
 
 import platform
-import resource
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +15,8 @@ from torch import Tensor
 from lmtt.errors import ClosureError
 from lmtt.kernels.types import Choice
 from lmtt.lens.logit_attribution import LogitAttribution
+from lmtt.profile.clock import Clock
+from lmtt.profile.memory import process_peak
 from lmtt.run.layout import Arrays
 from lmtt.run.writer import Resumed, RunWriter
 from lmtt.spans import PromptText
@@ -63,6 +63,10 @@ class Log:
         for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(shares, name))
 
+    def sums(self) -> dict[str, int]:
+        """What is counted."""
+        return {name: getattr(self, name) for name in SUMS}
+
     def merge(self, layer: Log) -> None:
         """What one more layer reports."""
         for sublayer, error in layer.closure.items():
@@ -81,7 +85,7 @@ class Log:
             "checksum": self.checksum,
             "choices": [[c.op, c.backend, c.reason] for c in self.choices.values()],
             "whole": self.whole,
-            **{name: getattr(self, name) for name in SUMS},
+            **self.sums(),
         }
 
     @staticmethod
@@ -96,42 +100,26 @@ class Log:
         return log
 
 
-class Clock:
-    """Seconds of each phase, which are disjoint intervals of the main thread."""
+def cost_of(clock: Clock, log: Log, prompts: int) -> dict[str, Any]:
+    """What the run's `cost` holds: measured, hence never part of what must repeat.
 
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
-        self.seconds: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What was done since the last lap was `phase`."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def cost(self, log: Log, prompts: int) -> dict[str, Any]:
-        """What the run's `cost` holds: measured, hence never part of what must repeat.
-
-        prompts : how many went through the layers together; the seconds are those of all.
-        """
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "seconds": {**self.seconds, "total": time.perf_counter() - self._start},
-            "prompts": prompts,
-            "peak_bytes": {
-                "process": peak,
-                **({"cuda": torch.cuda.max_memory_allocated()} if self._cuda else {}),
-            },
-            "backend": {op: c.backend for op, c in log.choices.items()},
-            "pairs": {"evaluated": log.pairs_evaluated, "positive": log.pairs_positive},
-            "neurons": {"evaluated": log.neurons_evaluated},
-            "rows_reevaluated": log.rows_reevaluated,
-            "closure": log.closure,
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        }
+    prompts : how many went through the layers together; the seconds are those of all.
+    """
+    return {
+        "seconds": clock.seconds(),
+        "prompts": prompts,
+        "peak_bytes": {
+            "process": process_peak(),
+            **({"cuda": torch.cuda.max_memory_allocated()} if clock.cuda else {}),
+        },
+        "overlap": clock.overlap(),
+        "backend": {op: c.backend for op, c in log.choices.items()},
+        "pairs": {"evaluated": log.pairs_evaluated, "positive": log.pairs_positive},
+        "neurons": {"evaluated": log.neurons_evaluated},
+        "rows_reevaluated": log.rows_reevaluated,
+        "closure": log.closure,
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }
 
 
 @dataclass
@@ -149,15 +137,23 @@ class Running:
     log: Log = field(default_factory=Log)
 
     def done(
-        self, index: int, arrays: dict[str, NDArray[Any]], parallel: bool, log: Log, given: Tensor
+        self,
+        index: int,
+        arrays: dict[str, NDArray[Any]],
+        parallel: bool,
+        log: Log,
+        given: Tensor,
+        clock: Clock,
     ) -> None:
         """Take in a layer's results, and commit them where the run is stored. given [1, T, D] entered it."""
+        clock.begin("transfer", index)
         if self.stream is not None:
             self.stream[index] = to_host(given[0])
         self.layers.append(arrays)
         self.parallel.append(parallel)
         self.log.merge(log)
         if self.writer is not None:
+            clock.begin("store", index)
             entering = {"resid_pre": to_host(given[0])} if index == 0 and self.stream is not None else {}
             notes = {**log.to_notes(), "parallel": parallel}
             self.writer.commit_layer(index, {**arrays, **entering}, to_host(self.hidden[0]), notes)

@@ -5,9 +5,10 @@ The engine asks `reading(layers)` for a pass and, within it, for each layer in t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,10 +26,20 @@ ALIGNMENT = 64
 Turn = Callable[[int], AbstractContextManager[None]]
 
 
+@dataclass
+class Traffic:
+    """What reading weights has taken so far."""
+
+    bytes_taken: int = 0  # of layers, as stored
+    seconds_waiting: float = 0.0  # of the pass, for a layer's bytes
+    seconds_reading: float = 0.0  # of the thread that reads ahead; of finished passes
+
+
 class LayerWeights(Protocol):
     """Where the weights are."""
 
     resident: bool  # the model's own forward can be run
+    traffic: Traffic
 
     def reading(
         self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True
@@ -49,6 +60,7 @@ class ResidentWeights:
     resident = True
 
     def __init__(self, shapes: Shapes | None = None, weights: Weights | None = None, limit: int = 0) -> None:
+        self.traffic = Traffic()
         self._known = None if shapes is None or weights is None else (shapes, weights, limit)
 
     @contextmanager
@@ -89,6 +101,7 @@ class StreamedWeights:
         self.shapes = Shapes.of(model, len(self._placements), dtype)
         self.weights = self._sizes()
         self.bytes_read = 0
+        self.traffic = Traffic()
         self._check = True  # damaged weights are looked for
         self._head: StoredRows | None = None
 
@@ -218,6 +231,7 @@ class StreamedWeights:
                 yield lambda layer: self._turn(layer, ring, decoded[0])
         finally:
             self.bytes_read += ring.bytes_read
+            self.traffic.seconds_reading += ring.seconds_reading
             decoded.clear()  # whoever holds on to the turn does not hold on to its memory
         if plan.bytes.total - plan.arena - plan.bytes.decoded + self._head.nbytes <= self._limit:
             self._head.keep()
@@ -226,7 +240,11 @@ class StreamedWeights:
     def _turn(self, layer: int, ring: Ring, decoded: Tensor) -> Iterator[None]:
         """A layer's weights, from taking its bytes from the ring to giving their room back."""
         unit = self._assignment.layers[layer]
-        in_use = self._fill(unit, ring.take(layer), decoded)
+        begun = time.perf_counter()
+        raw = ring.take(layer)
+        self.traffic.seconds_waiting += time.perf_counter() - begun
+        self.traffic.bytes_taken += self._placements[layer].nbytes
+        in_use = self._fill(unit, raw, decoded)
         if not in_use:
             ring.release(layer)  # the reader goes on while this layer computes
         try:

@@ -1,0 +1,78 @@
+"""A model's sizes as the cost of its layers needs them, from its config alone: its modules hold no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmtt.errors import InputError
+from lmtt.streaming.plan import Shapes
+from lmtt.structure.replay import find_layers
+
+PACKED = 3  # axes of a matrix that holds one for each expert
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a model. `active`: parameters of a layer that one token is multiplied with."""
+
+    shapes: Shapes
+    parameters: int  # of the whole model, tied ones once
+    layer_parameters: int  # of the mean layer
+    active: int  # of the mean layer; a mixture of experts uses some of its own
+    d_value: int  # width of a head's value
+    kinds: int  # distinct layers, each discovered once
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return self.shapes.itemsize
+
+
+def dims_of(model: Any, dtype: torch.dtype) -> Dims:
+    """Of a transformers model, on the meta device or not."""
+    _, layers = find_layers(model)
+    shapes = Shapes.of(model, len(layers), dtype)
+    config = model.config.get_text_config()
+    return Dims(
+        shapes=shapes,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layer_parameters=sum(p.numel() for p in layers.parameters()) // len(layers),
+        active=sum(_active(layer, config) for layer in layers) // len(layers),
+        d_value=int(getattr(config, "v_head_dim", None) or shapes.d_head),
+        kinds=len({_kind(layer) for layer in layers}),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def check_tokens(config: Any, tokens: int) -> None:
+    """InputError for a prompt that the model has no positions for."""
+    if tokens < 1:
+        raise InputError("--tokens is out of range", expected="1 or more", got=tokens)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise InputError(
+            "the prompt is too long for the model", expected=f"at most {limit} tokens", got=tokens
+        )
+
+
+def _active(layer: nn.Module, config: Any) -> int:
+    """Parameters of a layer that one token is multiplied with."""
+    chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    total = 0
+    for parameter in layer.parameters():
+        experts = parameter.shape[0] if parameter.dim() == PACKED else 0
+        used = min(chosen, experts) if chosen and experts else experts
+        total += parameter.numel() * used // experts if experts else parameter.numel()
+    return total
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """What the engine tells layers apart by when it discovers their structure."""
+    return tuple(
+        (name, type(module), tuple(tuple(p.shape) for p in module.parameters(recurse=False)))
+        for name, module in layer.named_modules()
+    )

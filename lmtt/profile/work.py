@@ -1,0 +1,175 @@
+"""How many operations and bytes each phase is: formulas of the sizes, and of what screening left to do.
+
+Names as everywhere: T tokens, L layers, H heads, E d_head, D d_model, F d_mlp, V vocabulary. A multiply-add
+is two flops or one lane; a lane of any other vector instruction counts like that of a multiply-add.
+benchmarks/README.md derives the kernels' part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from lmtt.profile.ceilings import Ceilings
+from lmtt.profile.dims import Dims
+
+# Lanes for each coordinate of an exact evaluation: multiply-subtract, two for the sign, maximum, addition,
+# and a multiplication and a comparison for each block of sixteen.
+EVALUATION = 5 + 2 / 16
+SOFTMAX = 40  # lanes for each pair: softmax, coefficient, bound, comparison, sums
+SIGNS = 4  # coordinates that one look-up of a table of sums stands for
+PAIRS = 0.05  # of all (head, source) pairs that are evaluated exactly, where nobody measured it
+NEURONS = 0.03  # of all (position, neuron), likewise
+FULL_CLOSURE = "float64"  # the dtype of sums that prove a float32 sublayer
+LAUNCHES = {  # small operations for each layer, as counted in the engine's loop
+    "dry run": 2, "read": 2, "decode": 12, "forward": 60, "closure": 40, "screening": 4,
+    "exact evaluation": 2, "reduction": 60, "transfer": 4, "store": 20,
+}  # fmt: skip
+PREDICTION_WORKSPACE = 16 << 20  # bytes of logits that are held at a time
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a phase does at least."""
+
+    flops: Mapping[str, float] = field(default_factory=dict)  # of products, by dtype
+    lanes: float = 0.0
+    memory: float = 0.0  # bytes to and from the device's memory
+    disk: float = 0.0  # bytes read from storage
+    store: float = 0.0  # bytes written to it
+    bus: float = 0.0  # bytes from host to device or back
+    launches: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        names = ("lanes", "memory", "disk", "store", "bus", "launches")
+        flops = {k: self.flops.get(k, 0.0) + other.flops.get(k, 0.0) for k in {*self.flops, *other.flops}}
+        return Work(flops, **{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def __mul__(self, factor: float) -> Work:
+        names = ("lanes", "memory", "disk", "store", "bus", "launches")
+        flops = {k: v * factor for k, v in self.flops.items()}
+        return Work(flops, **{name: getattr(self, name) * factor for name in names})
+
+    @property
+    def operations(self) -> float:
+        """Flops of all kinds, a lane counting as one multiply-add."""
+        return sum(self.flops.values()) + 2 * self.lanes
+
+    def at(self, ceilings: Ceilings) -> dict[str, float]:
+        """Seconds that each resource is busy at least."""
+        compute = sum(amount / ceilings.product(kind) for kind, amount in self.flops.items())
+        return {
+            "compute": compute + self.lanes / ceilings.lanes,
+            "memory": self.memory / ceilings.memory,
+            "disk": self.disk / ceilings.disk + self.store / ceilings.store,
+            "bus": self.bus / ceilings.bus if ceilings.bus else 0.0,
+            "launch": self.launches * ceilings.launch,
+        }
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What screening left to evaluate in one layer, all heads and positions together."""
+
+    pairs: float
+    neurons: float
+
+    @staticmethod
+    def expected(dims: Dims, tokens: int) -> Survivors:
+        """At the default floor, where nothing was measured."""
+        s = dims.shapes
+        return Survivors(PAIRS * tokens * (tokens + 1) / 2 * s.heads, NEURONS * tokens * s.d_mlp)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Bytes of a layer that is read when its turn comes; none for a model that stays."""
+
+    raw: float = 0.0
+    decoded: float = 0.0
+
+
+RESIDENT = Streaming()
+
+
+def layer_work(
+    dims: Dims,
+    tokens: int,
+    survivors: Survivors,
+    *,
+    streaming: Streaming = RESIDENT,
+    first: bool = True,
+    stored: bool = False,
+    device: str = "cpu",
+) -> dict[str, Work]:
+    """One layer of one prompt by phase. `first`: of a model's prompts, so that every sublayer is proved.
+
+    `stored`: its results are written to storage.
+    """
+    s, T, size = dims.shapes, tokens, dims.itemsize
+    D, H, F = s.d_model, s.heads, s.d_mlp
+    heads_in, heads_out = H * s.d_head, H * dims.d_value
+    state = T * D * size
+    seen = T * T * (1.0 if device == "cpu" else 0.5)  # a CPU's attention multiplies what the mask hides too
+    attention = 2 * seen * (heads_in + heads_out)
+    wide = FULL_CLOSURE if dims.dtype in ("float32", "float64") else "float32"
+    causal = T * (T + 1) / 2
+    # Results: edges in [T, T] float32, and what is kept of them.
+    edges = 4.0 * T * T
+    work = {
+        "read": Work(disk=streaming.raw),
+        "decode": Work(memory=streaming.raw + 2 * streaming.decoded, bus=streaming.raw),
+        "forward": Work(
+            {dims.dtype: 2.0 * T * dims.active + attention},
+            memory=dims.active * size + 12 * state + 4 * T * F * size,
+        ),
+        "closure": Work(memory=14 * T * D * 8),
+        "screening": Work(
+            lanes=T * D * (heads_out + F) / SIGNS + causal * (heads_in + heads_out)
+            + SOFTMAX * causal * H + 6 * T * F,
+            memory=(heads_out + F) * D * 4 * 3 + T * (D + F) * 4 * 2 + edges,
+        ),
+        "exact evaluation": Work(
+            lanes=EVALUATION * D * (survivors.pairs + survivors.neurons)
+            + min(survivors.pairs, T * H) * dims.d_value * D,
+            memory=T * D * 4 * 2,
+        ),
+        "reduction": Work(memory=4 * edges + 30 * T * D * 8),
+        "transfer": Work(memory=2 * state, bus=state),
+    }  # fmt: skip
+    if first:
+        proof = Work(
+            {wide: 2.0 * T * D * (heads_out + F) + 2 * T * T * (heads_in + heads_out)},
+            memory=(heads_out + F) * D * 8 * 2 + 2 * T * F * 8 + 8 * 8.0 * H * T * T,
+        )
+        work["closure"] += proof
+    if stored:
+        work["store"] = Work(store=state + kept_bytes(tokens))
+    return {name: replace(one, launches=float(LAUNCHES.get(name, 0))) for name, one in work.items()}
+
+
+def kept_bytes(tokens: int, neurons: int = 20) -> float:
+    """Bytes that a layer leaves besides its states: some edges of each row with their heads, top neurons."""
+    return tokens * (neurons * 12 + 40 + 24 * min(tokens / 2, 64))
+
+
+def once_work(dims: Dims, tokens: int, *, device: str = "cpu") -> dict[str, Work]:
+    """What a prompt has once, by phase."""
+    s, T = dims.shapes, tokens
+    rows = max(1, PREDICTION_WORKSPACE // (4 * s.d_vocab))
+    passes = -(-T // rows)
+    return {
+        "dry run": Work(memory=4 * T * s.d_model * dims.itemsize, launches=200 + 4 * s.layers),
+        "lens": Work(
+            {dims.dtype if device != "cpu" else "float32": 2.0 * T * s.d_model * s.d_vocab},
+            memory=passes * s.d_vocab * s.d_model * dims.itemsize + 6 * 4.0 * T * s.d_vocab,
+            launches=300 + 20 * passes,
+        ),
+        "graph": Work(memory=8 * 24 * kept_bytes(T) * s.layers / 24, launches=20 * s.layers),
+    }
+
+
+def discovery_work(dims: Dims, tokens: int, *, device: str = "cpu") -> Work:
+    """Of each kind of layer: it is run once under watch, operation by operation."""
+    alone = layer_work(dims, tokens, Survivors(0, 0), first=False, device=device)["forward"]
+    return replace(alone, launches=3000.0) * dims.kinds
