@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lmtt.errors import InputError
-from lmtt.streaming.plan import Shapes
+from lmtt.streaming.plan import PACKING, Shapes, Weights
 from lmtt.structure.replay import find_layers
 
 PACKED = 3  # axes of a matrix that holds one for each expert
@@ -46,6 +46,32 @@ def dims_of(model: Any, dtype: torch.dtype) -> Dims:
         kinds=len({_kind(layer) for layer in layers}),
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def weights_of(model: Any, dtype: torch.dtype, stored: float) -> Weights:
+    """Bytes of the weights; `stored`: of each parameter in the checkpoint."""
+    _, layers = find_layers(model)
+    size = dtype.itemsize
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    packed = [sum(p.numel() for p in layer.parameters() if p.dim() == PACKED) for layer in layers]
+    vocabulary = {id(m.weight): m.weight.numel() for m in _vocabulary(model)}
+    everything = sum(p.numel() for p in model.parameters())
+    # Raw bytes serve as they are where they need no cast and no packing.
+    cast = [0 if stored == size else count - pack for count, pack in zip(counts, packed, strict=True)]
+    return Weights(
+        all=everything * size,
+        rest=(everything - sum(counts) - sum(vocabulary.values())) * size,
+        raw_layer=int(max(counts) * stored),
+        decoded_layer=max(
+            c * size + int((1 + PACKING) * p * size) for c, p in zip(cast, packed, strict=True)
+        ),
+        raw_total=int(sum(counts) * stored),
+    )
+
+
+def _vocabulary(model: Any) -> list[Any]:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [end for end in ends if end is not None]
 
 
 def check_tokens(config: Any, tokens: int) -> None:

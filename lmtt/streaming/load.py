@@ -43,12 +43,12 @@ def read_within(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
     named = limit is not None
     if limit is None:
-        available = _available(device)
-        if available is None or _stored_bytes(source) * LARGEST_GROWTH <= available:
+        free = available(device)
+        if free is None or _stored_bytes(source) * LARGEST_GROWTH <= free:
             return load_all(source, **options), ResidentWeights()
-        limit = int((1 - LEFT_FREE) * available)
+        limit = int((1 - LEFT_FREE) * free)
     with quiet_transformers(), fast_reader():
-        config = _config(source)
+        config = read_config(source)
     kind = _dtype(config) if dtype == "auto" else dtype
     with quiet_transformers():
         model = build(config, kind)
@@ -69,7 +69,8 @@ def read_within(
     return Loaded(model, tokenizer, source.name, facts_of(source, config)), streamed
 
 
-def _config(source: Source) -> Any:
+def read_config(source: Source) -> Any:
+    """A model's configuration alone. CheckpointError if it cannot be read."""
     import transformers
 
     options = {} if source.gguf is None else {"gguf_file": source.gguf}
@@ -98,7 +99,7 @@ def _stored_bytes(source: Source) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _available(device: torch.device) -> int | None:
+def available(device: torch.device) -> int | None:
     """Bytes that could be taken now, None where nobody can say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
