@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmtt.errors import InputError
-from lmtt.kernels import stages
+from lmtt.kernels import host_memory, stages
 from lmtt.kernels.types import AttentionResult, AttentionTask, NeuronResult, NeuronTask, Pairs
 
 NAME = "cpp"
@@ -207,7 +207,7 @@ def _dense_weight(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
     source = tensor.detach().reshape(rows, columns).t()
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not source.is_contiguous() or rows < 2:
         return _dense(name, tensor, shape)
-    out = torch.empty(tuple(shape))
+    out = host_memory.scratch(tuple(shape))  # one task has one such weight
     _native().transpose(
         source=source.numpy(), out=out.view(rows, columns).numpy(), threads=torch.get_num_threads()
     )

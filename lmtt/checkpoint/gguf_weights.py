@@ -4,8 +4,9 @@
    architecture undoes what the file's writer did to the values (rotary rows permuted, experts split, norms
    shifted). Both are called here and never imitated, so there is nothing per model in this file.
 2. `GgufWeights` is a `WeightSource`: `read_into` takes stored bytes from the file, `decode` turns them into a
-   tensor. A weight is held in float32 beside its result only where the processor changes it; the others are
-   decoded straight into the result. Experts that are merged into one parameter are read and decoded alone.
+   tensor. A weight is held in float32 beside its result only where the processor changes its values; the
+   others are decoded straight into the result, after the rows that the processor moves were moved as stored.
+   Experts that are merged into one parameter are read and decoded alone.
 3. `lazy_state_dict` hands all of them to transformers' loader, which takes them one by one.
 
 Architectures that transformers reads by its newer conversions (`transformers.integrations.gguf`) do not come
@@ -29,10 +30,11 @@ from lmtt.checkpoint.gguf_blocks import decode_blocks
 from lmtt.errors import CheckpointError
 
 _SPELLING = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+PROBE_WIDTHS = (2, 3)  # of matrices by which a processor shows that it moves rows
 _PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weight:
     """One parameter and the stored tensors it is made of, in the file's order.
 
@@ -44,6 +46,7 @@ class Weight:
     stored: tuple[gguf.TensorInfo, ...]
     shape: tuple[int, ...]  # of the parameter
     as_is: bool  # one stored tensor, whose values are the parameter's
+    order: NDArray[np.int64] | None = None  # likewise, but for its rows: row n is stored as order[n]
 
     @property
     def n_bytes(self) -> int:
@@ -105,7 +108,13 @@ class GgufWeights:
             as_is[name] = unchanged and _shape(info) == shapes[name]
         self.unused = tuple(unused)  # stored, and no parameter of the model
         self.weights = {
-            name: Weight(name, tuple(infos), shapes[name], as_is[name] and len(infos) == 1)
+            name: Weight(
+                name,
+                tuple(infos),
+                shapes[name],
+                as_is[name] and len(infos) == 1,
+                self._order(infos, shapes[name]) if not as_is[name] else None,
+            )
             for name, infos in parts.items()
         }
         self._tensors = {name: _described(weight) for name, weight in self.weights.items()}
@@ -139,6 +148,31 @@ class GgufWeights:
             ) from error
         return known, result.weights is stand_in and result.name == info.name
 
+    def _order(self, infos: list[gguf.TensorInfo], shape: tuple[int, ...]) -> NDArray[np.int64] | None:
+        """The rows' order if the processor does nothing to a matrix but move its rows, else None.
+
+        It is shown matrices of that many rows, narrow ones of two widths, whose entries are all different.
+        """
+        if len(infos) != 1 or len(shape) != 2 or _shape(infos[0]) != shape:
+            return None
+        found = [self._moved(infos[0].name, shape[0], width) for width in PROBE_WIDTHS]
+        same = found[0] is not None and found[1] is not None and np.array_equal(found[0], found[1])
+        return found[0] if same else None
+
+    def _moved(self, name: str, rows: int, width: int) -> NDArray[np.int64] | None:
+        shown = np.arange(rows * width, dtype=np.float64).reshape(rows, width)
+        try:
+            with np.errstate(all="ignore"):
+                result = self._process(name, shown.copy(), {}, self._table)
+        except (ValueError, KeyError, IndexError):
+            return None
+        got = np.asarray(result.weights)
+        if got.shape != shown.shape or not np.isfinite(got).all():
+            return None
+        order = (got[:, 0] / width).astype(np.int64)
+        in_range = (order >= 0) & (order < rows)
+        return order if in_range.all() and np.array_equal(got, shown[order]) else None
+
     def _process(
         self, name: str, values: NDArray[Any], tensors: dict[str, Tensor], table: Mapping[str, str]
     ) -> Any:
@@ -161,7 +195,10 @@ class GgufWeights:
     def decode(self, tensor: str, raw: Tensor, out: Tensor, rows: range | None = None) -> None:
         weight = self.weights[tensor]
         blocks = raw.numpy()
-        if weight.as_is:
+        if weight.order is not None:
+            assert rows is None, "TensorInfo.rows says that ranges of these rows cannot be decoded alone"
+            blocks = blocks.reshape(len(weight.order), -1)[weight.order].reshape(-1)
+        if weight.as_is or weight.order is not None:
             kind = weight.stored[0].tensor_type.name
             if out.device.type == "cpu" and out.is_contiguous():
                 decode_blocks(kind, blocks, out.dtype, out=out)

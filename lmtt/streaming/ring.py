@@ -6,7 +6,6 @@ room, the user for the unit whose turn it is; units come and are released in the
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections import deque
@@ -38,12 +37,6 @@ def place(source: WeightSource, names: Sequence[str]) -> Placement:
         offsets[name] = start
         end = start + info.nbytes
     return Placement(offsets, -(-end // PAGE) * PAGE)
-
-
-def anonymous(nbytes: int) -> Tensor:
-    """uint8 [nbytes], page-aligned, private; pages take memory when first written."""
-    memory = mmap.mmap(-1, max(nbytes, PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
 class Ring:

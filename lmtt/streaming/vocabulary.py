@@ -6,6 +6,8 @@ at a time, by whoever wants logits; where the memory limit leaves room it is rea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 
 from lmtt.checkpoint.source import WeightSource
 from lmtt.errors import CheckpointError
-from lmtt.streaming.ring import anonymous
+from lmtt.kernels.host_memory import anonymous
 
 TILE_BYTES = 32 << 20  # of decoded rows, for logits over the whole vocabulary
+SAMPLED_ROWS = 4096  # that show how logits are made, where their values are not wanted
 
 
 class StoredRows:
@@ -96,6 +99,19 @@ class TiledUnembedding(nn.Module):
             torch.empty(rows.shape, dtype=rows.dtype, device="meta"), requires_grad=False
         )
         self.bias = bias
+        self._wanted = rows.shape[0]
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Within, only the first `SAMPLED_ROWS` logits are computed and the others are 0.
+
+        For whoever looks at what a model does around its unembedding: reading all of it tells no more.
+        """
+        self._wanted = min(SAMPLED_ROWS, self.rows.shape[0])
+        try:
+            yield
+        finally:
+            self._wanted = self.rows.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self._tiled(x, self.bias)
@@ -107,9 +123,10 @@ class TiledUnembedding(nn.Module):
     def _tiled(self, x: Tensor, bias: Tensor | None) -> Tensor:
         V, D = self.rows.shape
         logits = x.new_empty(*x.shape[:-1], V)
+        logits[..., self._wanted :] = 0
         step = max(1, TILE_BYTES // (D * self.rows.dtype.itemsize))
-        for first in range(0, V, step):
-            last = min(V, first + step)
+        for first in range(0, self._wanted, step):
+            last = min(self._wanted, first + step)
             tile = self.rows[first:last].to(x.dtype)
             logits[..., first:last] = nn.functional.linear(
                 x, tile, None if bias is None else bias[first:last]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lmtt.checkpoint.load import quiet_transformers, refuse_nonfinite
 from lmtt.checkpoint.source import WeightSource
 from lmtt.errors import CheckpointError, StructureError
+from lmtt.kernels.host_memory import anonymous, reusing
 from lmtt.streaming.assign import Unit, assign, convert
 from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, make_plan
-from lmtt.streaming.ring import Ring, anonymous, place
+from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
 
 ALIGNMENT = 64
@@ -224,9 +225,9 @@ class StreamedWeights:
             self._head.drop()
         arena = anonymous(plan.arena)
         most = max(self._decoded_bytes(unit) for unit in self._assignment.layers)
-        decoded = [torch.empty(most, dtype=torch.uint8, device=self._device)]
+        decoded = [self._room(most)]
         try:
-            with Ring(self._source, self._placements, layers, arena) as ring:
+            with reusing(), Ring(self._source, self._placements, layers, arena) as ring:
                 del arena
                 yield lambda layer: self._turn(layer, ring, decoded[0])
         finally:
@@ -285,6 +286,12 @@ class StreamedWeights:
             with quiet_transformers():
                 convert(self._model, values, self._dtype, self._device)
         return aliased
+
+    def _room(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] on the model's device."""
+        if self._device.type == "cpu":
+            return anonymous(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def _set(self, name: str, value: Tensor) -> None:
         path, _, own = name.rpartition(".")
