@@ -1,4 +1,4 @@
-"""`lmtt trace`, `show`, `serve`, `doctor`: arguments in, one call each, results on stdout, others on stderr.
+"""`lmtt trace` and its other commands: arguments in, one call each, results on stdout, others on stderr.
 
 Exit codes: 0 done; 2 anything the caller can act on (one line); 130 and 143 interrupted; 1 a defect of ours.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmtt import __version__
 from lmtt.errors import InputError, LmttError, RunError, one_line
+from lmtt.profile.command import add_cost_options, add_parsers, show_cost
 
 if TYPE_CHECKING:
     from lmtt.generate import Generation
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _trace_parser(commands)
     _show_parser(commands)
     _serve_parser(commands)
+    add_parsers(commands)
     doctor = commands.add_parser("doctor", help="what this machine can run, and why not the rest")
     doctor.add_argument(
         "model", nargs="?", metavar="MODEL", help="also print this model's discovered structure"
@@ -150,6 +152,7 @@ def _trace_parser(commands: Any) -> None:
 def _show_parser(commands: Any) -> None:
     parser = commands.add_parser("show", help="a stored run, without the model")
     parser.add_argument("path", metavar="RUN")
+    add_cost_options(parser)
     _route_options(parser)
     parser.add_argument("--html", metavar="FILE", help="write the route as one self-contained page")
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
@@ -303,6 +306,9 @@ def _show(options: argparse.Namespace) -> None:
     _check_range("threshold", options.threshold)
     for path in (options.html, options.json, options.csv, options.neuronpedia):
         _check_writable(path)
+    if options.cost:
+        show_cost(options)
+        return
     from lmtt.run.reader import read_run
     from lmtt.trace import Trace
 

@@ -38,6 +38,7 @@ from lmtt.lens.logit_attribution import LogitAttribution, LogitContributions
 from lmtt.lens.table import LensTable, lens_row, ranks
 from lmtt.loop import EVERY_RUN, Log, Prompt, Running, cost_of, from_host, stream_room, to_host
 from lmtt.profile.clock import Clock
+from lmtt.profile.planning import planned_cost
 from lmtt.run.data import Predictions, TraceData
 from lmtt.run.layout import Tail, assemble
 from lmtt.run.reader import read_run
@@ -137,6 +138,16 @@ class Engine:
         i = self.info
         size = f"{i.n_layers} layers, {i.n_heads} heads, d_model {i.d_model}"
         return f"Engine({i.name}: {size}, {i.dtype} on {i.device})"
+
+    @property
+    def resident(self) -> bool:
+        """All weights are in memory all along; otherwise each layer's are read when its turn comes."""
+        return self._weights.resident
+
+    @property
+    def proved(self) -> bool:
+        """A first prompt has gone through, with every sublayer's parts added up."""
+        return self._proved
 
     # --- tracing ---
 
@@ -313,6 +324,10 @@ class Engine:
         with Clock(self.info.device, self._weights.traffic) as clock, watching(self.model), torch.no_grad():
             runs = [self._start(prompt, job, writer) for prompt, writer in zip(prompts, writers, strict=True)]
             first = _resume(runs)
+            planned = planned_cost(
+                self.model, self._weights, lengths, full=job.full, first=not self._proved,
+                stored=any(writer is not None for writer in writers),
+            )  # fmt: skip
             clock.begin("read")
             count = len(self._layers)
             with self._weights.reading(range(first, count), lengths, full=job.full) as turn:
@@ -327,7 +342,7 @@ class Engine:
                         job.progress(index + 1, count)
             clock.arrived()
             self._proved = True
-            return [self._finish(run, job, settings, clock, len(runs)) for run in runs]
+            return [self._finish(run, job, settings, clock, len(runs), planned) for run in runs]
 
     def _start(self, prompt: Prompt, job: Job, writer: RunWriter | None) -> Running:
         calls = self._dry_run(prompt.input_ids)
@@ -362,7 +377,15 @@ class Engine:
             run.logits.add(captured)
         run.done(index, shares.arrays, as_block(captured).post is None, log, given, clock)
 
-    def _finish(self, run: Running, job: Job, settings: Settings, clock: Clock, together: int) -> Trace:
+    def _finish(
+        self,
+        run: Running,
+        job: Job,
+        settings: Settings,
+        clock: Clock,
+        together: int,
+        planned: dict[str, Any],
+    ) -> Trace:
         """Predictions, and everything that a trace has once."""
         prompt = run.prompt
         clock.begin("transfer")
@@ -371,7 +394,6 @@ class Engine:
         clock.begin("lens")
         predictions, choice = self._predict(prompt.input_ids, run.hidden, run.calls)
         run.log.choices[choice.op] = choice
-        clock.begin("store")
         tail = Tail(
             tokens=prompt.tokens,
             input_ids=prompt.input_ids[0].cpu().numpy(),
@@ -382,8 +404,9 @@ class Engine:
         meta = self._meta(settings, job.full, predictions, run.log)
         if prompt.text is not None:
             meta["prompt"] = prompt.text.to_meta()
-        cost = cost_of(clock, run.log, together)
+        cost = {**cost_of(clock, run.log, together), "plan": planned}
         if run.writer is not None:
+            clock.begin("store")
             run.writer.finish(tail, meta, cost)
             meta = {**meta, "manifest": run.writer.manifest}
         logits = None
@@ -392,9 +415,7 @@ class Engine:
             names = [self.token(target) for target in job.targets]
             logits = run.logits.finish(run.hidden[0, -1], prompt.tokens, names)
         clock.begin("transfer")
-        trace = Trace(assemble(run.layers, tail, meta, cost, resid_pre=run.stream), self, logits)
-        clock.begin("store")
-        return trace
+        return Trace(assemble(run.layers, tail, meta, cost, resid_pre=run.stream), self, logits)
 
     def _writer(self, path: Out, prompt: Prompt, job: Job, resume: bool, force: bool) -> RunWriter:
         """The run's directory, locked, before anything is computed."""

@@ -107,15 +107,20 @@ def of_this_machine(device: str = "cpu", *, remeasure: bool = False) -> Ceilings
     """Measured ceilings, from the cache if they are there; measuring takes some seconds."""
     path = cache_path(device)
     if not remeasure:
-        known = _read(path)
-        if known is not None:
-            return known
+        remembered = _read(path)
+        if remembered is not None:
+            return remembered
     found = measure(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         json.dump({"schema": SCHEMA, "ceilings": found.to_json()}, file, indent=1)
     os.replace(file.name, path)
     return found
+
+
+def known(device: str = "cpu") -> Ceilings | None:
+    """This machine's ceilings if they were measured before."""
+    return _read(cache_path(device))
 
 
 def cache_path(device: str = "cpu") -> Path:

@@ -105,7 +105,7 @@ class _Stream:
 
     @staticmethod
     def mark() -> Any:
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -194,7 +194,7 @@ class Clock:
         if self.cuda:
             torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
         if torch.autograd.profiler._is_profiler_enabled:
-            within = torch.profiler.record_function(name)
+            within: Any = torch.profiler.record_function(name)
             within.__enter__()
             self._ranges.append(within)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmtt.errors import InputError
+from lmtt.errors import InputError, StructureError
 from lmtt.streaming.plan import PACKING, Shapes, Weights
 from lmtt.structure.replay import find_layers
 
@@ -33,9 +33,18 @@ class Dims:
 
 
 def dims_of(model: Any, dtype: torch.dtype) -> Dims:
-    """Of a transformers model, on the meta device or not."""
+    """Of a transformers model, on the meta device or not.
+
+    StructureError if its config does not say one size for all layers.
+    """
     _, layers = find_layers(model)
-    shapes = Shapes.of(model, len(layers), dtype)
+    try:
+        shapes = Shapes.of(model, len(layers), dtype)
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise StructureError(
+            f"{type(model).__name__} cannot be planned for: its config does not say one size for all layers",
+            got=error,
+        ) from error
     config = model.config.get_text_config()
     return Dims(
         shapes=shapes,

@@ -7,7 +7,7 @@ here is what happens. Seconds come from `predict`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ import torch
 
 from lmtt.checkpoint.gguf_lend import fast_reader
 from lmtt.checkpoint.load import Source, parse_dtype, quiet_transformers, resolve
-from lmtt.errors import InputError
-from lmtt.profile.ceilings import DATA_SHEETS, Ceilings, data_sheet, of_this_machine
+from lmtt.errors import InputError, StructureError
+from lmtt.profile.ceilings import DATA_SHEETS, Ceilings, data_sheet, known, of_this_machine
 from lmtt.profile.dims import Dims, check_tokens, dims_of, weights_of
 from lmtt.profile.predict import ASSUMED_SHARE, Prediction, predict
-from lmtt.profile.work import NEURONS, PAIRS, kept_bytes
+from lmtt.profile.work import NEURONS, expected_pairs, kept_bytes
 from lmtt.streaming.assign import build
 from lmtt.streaming.load import LEFT_FREE, available, read_config
-from lmtt.streaming.plan import Plan, Weights, in_words, make_plan, parse_bytes
+from lmtt.streaming.plan import Plan, Weights, estimate, in_words, make_plan, parse_bytes
+from lmtt.streaming.weights import LayerWeights, StreamedWeights
 
 EDGE_BYTES = 5  # of an edge in the browser (viz/store.py)
 PAGE_BYTES = 2 << 20  # of a page without edges
@@ -83,7 +84,7 @@ class Planned:
             "run_bytes": self.run_bytes,
             "browser_bytes": self.browser_bytes,
             "ceilings": self.ceilings.to_json(),
-            "assumed": {"pairs": PAIRS, "neurons": NEURONS},
+            "assumed": {"pairs": expected_pairs(self.tokens), "neurons": NEURONS},
         }
 
     def lines(self) -> Iterator[str]:
@@ -108,7 +109,8 @@ class Planned:
                 yield f"  {seconds_in_words(one.seconds):>10}  {phase}, bound by {one.bound}"
         yield f"  {seconds_in_words(self.prediction.seconds):>10}  in all, loading the model not included"
         yield ""
-        yield f"assumed: {PAIRS:.0%} of pairs and {NEURONS:.0%} of neurons survive screening" + (
+        pairs = expected_pairs(self.tokens)
+        yield f"assumed: {pairs:.1%} of pairs and {NEURONS:.0%} of neurons survive screening" + (
             ""
             if self.ceilings.source == "measured"
             else f"; {ASSUMED_SHARE:.0%} of the data sheet is reached"
@@ -152,6 +154,36 @@ def plan_run(
         source.name, tokens, limit, why, dims, weights, plan, ceilings,
         predict(dims, ceilings, [tokens], plan, weights),
     )  # fmt: skip
+
+
+def planned_cost(
+    model: Any, where: LayerWeights, tokens: Sequence[int], *, full: bool, first: bool, stored: bool
+) -> dict[str, Any]:
+    """What a loaded model's pass is planned to take, as its run stores it beside what was measured.
+
+    Seconds are there once this machine's ceilings were measured; no run stops to measure them. A model that
+    no plan fits is traced all the same, with `unplanned` saying why.
+    """
+    dtype = model.dtype
+    try:
+        dims = dims_of(model, dtype)
+    except StructureError as error:
+        return {"unplanned": str(error)}
+    if isinstance(where, StreamedWeights):
+        weights, plan = where.weights, where.plan(tokens, full=full)
+    else:
+        weights = weights_of(model, dtype, dtype.itemsize)
+        workspace = where.workspace(tokens, full=full)
+        room = estimate(dims.shapes, weights, tokens, resident=True, ring=0, workspace=workspace, full=full)
+        plan = Plan(True, workspace, room)
+    ceilings = known(str(model.get_input_embeddings().weight.device))
+    result = plan_json(plan)
+    if ceilings is not None:
+        prediction = predict(dims, ceilings, tokens, plan, weights, first=first, stored=stored)
+        routes = prediction.phases["graph"].seconds  # not part of the pass
+        seconds = {name: spent for name, spent in prediction.to_json().items() if name != "graph"}
+        result["seconds"] = {**seconds, "total": prediction.seconds - routes}
+    return result
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from lmtt.profile.dims import Dims
 EVALUATION = 5 + 2 / 16
 SOFTMAX = 40  # lanes for each pair: softmax, coefficient, bound, comparison, sums
 SIGNS = 4  # coordinates that one look-up of a table of sums stands for
-PAIRS = 0.05  # of all (head, source) pairs that are evaluated exactly, where nobody measured it
-NEURONS = 0.03  # of all (position, neuron), likewise
+PAIRS, PAIRS_POWER = 4.4, -0.75  # of all (head, source) pairs PAIRS * T ** PAIRS_POWER are evaluated exactly
+NEURONS = 0.03  # of all (position, neuron)
 FULL_CLOSURE = "float64"  # the dtype of sums that prove a float32 sublayer
 LAUNCHES = {  # small operations for each layer, as counted in the engine's loop
     "dry run": 2, "read": 2, "decode": 12, "forward": 60, "closure": 40, "screening": 4,
@@ -78,7 +78,13 @@ class Survivors:
     def expected(dims: Dims, tokens: int) -> Survivors:
         """At the default floor, where nothing was measured."""
         s = dims.shapes
-        return Survivors(PAIRS * tokens * (tokens + 1) / 2 * s.heads, NEURONS * tokens * s.d_mlp)
+        pairs = tokens * (tokens + 1) / 2 * s.heads
+        return Survivors(expected_pairs(tokens) * pairs, NEURONS * tokens * s.d_mlp)
+
+
+def expected_pairs(tokens: int) -> float:
+    """The share of pairs that screening leaves at the default floor: prose through the demo model."""
+    return float(min(1.0, PAIRS * tokens**PAIRS_POWER))
 
 
 @dataclass(frozen=True)
