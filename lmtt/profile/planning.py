@@ -144,10 +144,11 @@ def plan_run(
     kind = parse_dtype(dtype, torch.device(ceilings.device))
     if kind == "auto":
         kind = _stored_dtype(config)
+    as_stored = _stored_dtype(config)  # building writes the other dtype into the config
     with quiet_transformers():
         empty = build(config, kind)
     dims = dims_of(empty, kind)
-    weights = weights_of(empty, kind, _stored_bytes(source, config, dims.parameters))
+    weights = weights_of(empty, kind, _stored_bytes(source, config, as_stored, dims.parameters))
     limit, why = _limit(limit, ceilings)
     plan = make_plan(dims.shapes, weights, limit, [tokens])
     return Planned(
@@ -231,13 +232,13 @@ def _limit(named: int | None, ceilings: Ceilings) -> tuple[int, str]:
     return int((1 - LEFT_FREE) * free), f"{1 - LEFT_FREE:.0%} of what is free now"
 
 
-def _stored_bytes(source: Source, config: Any, parameters: int) -> float:
+def _stored_bytes(source: Source, config: Any, dtype: torch.dtype, parameters: int) -> float:
     """Of each parameter in the checkpoint: a .gguf file's own size, else what the config says."""
     if source.gguf is not None:
         return (Path(source.folder) / source.gguf).stat().st_size / parameters
     how: Any = getattr(config, "quantization_config", None)
     if how is None:
-        return float(_stored_dtype(config).itemsize)
+        return float(dtype.itemsize)
     said = how if isinstance(how, dict) else how.to_dict()
     method = str(said.get("quant_method", ""))
     bits = said.get("bits") or (4 if said.get("load_in_4bit") or "mxfp4" in method or "awq" in method else 8)

@@ -244,7 +244,7 @@ class StreamedWeights:
         begun = time.perf_counter()
         raw = ring.take(layer)
         self.traffic.seconds_waiting += time.perf_counter() - begun
-        self.traffic.bytes_taken += self._placements[layer].nbytes
+        self.traffic.bytes_taken += sum(part.nbytes for part in raw.values())
         in_use = self._fill(unit, raw, decoded)
         if not in_use:
             ring.release(layer)  # the reader goes on while this layer computes
