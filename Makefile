@@ -7,6 +7,7 @@
 #   make models  sweep every model type of the installed transformers and write docs/models.md
 #   make test-oldest     the tests that touch transformers, on the oldest version that we allow
 #   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
+#   make bench-check     fail if attribution became slower than the stored report of this machine says
 #   make clean   remove the environment and everything built
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ export TOKENIZERS_PARALLELISM := false
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo serve test test-sanitize test-oldest models lint bench bench-quick clean setup setup-test setup-bench setup-serve
+.PHONY: demo serve test test-sanitize test-oldest models lint bench bench-quick bench-check clean setup setup-test setup-bench setup-serve
 
 setup: $(VENV)/.lmtt-installed
 setup-test: $(VENV)/.lmtt-test-installed
@@ -96,6 +97,9 @@ lint: setup-test
 # As a script outside safe-path mode: the benchmarks' folder is then on the path, and the repository root is not.
 bench bench-quick: setup-bench
 	PYTHONSAFEPATH= $(BIN)/python benchmarks/run.py $(if $(filter bench-quick,$@),--quick)
+
+bench-check: setup-bench
+	PYTHONSAFEPATH= $(BIN)/python benchmarks/check.py
 
 clean:
 	rm -rf $(VENV) build dist demo lmtt/*.so *.egg-info

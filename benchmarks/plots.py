@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,13 @@ LINES = (
     ("forward", "forward", "last", None, GREY, "", "-"),
 )
 LINE_HEIGHT = 0.062  # of the axes
+MARKERS = "ovs^>D<"
+HISTORY_COLOURS = ("#3b8ed0", "#d6604d", "#b06ac0", "#c98500", "#4a9a6a")
+STYLE: Any = {
+    "svg.hashsalt": "lmtt", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY,
+}  # fmt: skip
 Value = Callable[[dict[str, Any]], float]
 
 
@@ -81,12 +88,7 @@ def _plot(
 ) -> None:
     figures = Figures(report["figures"])
     tokens = sorted({r["tokens"] for r in report["figures"]})
-    style: Any = {
-        "svg.hashsalt": "lmtt", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
-        "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
-        "xtick.color": GREY, "ytick.color": GREY,
-    }  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         picture, axes = pyplot.subplots(figsize=(8.4, 4.8))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -118,6 +120,36 @@ def _plot(
         picture.tight_layout()
         picture.savefig(path, transparent=True, metadata={"Date": None})
         pyplot.close(picture)
+
+
+def draw_history(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """Ratios of one machine by commit, each over its first value; below 1 is faster than it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys(name for entry in entries for name in entry["ratios"]))
+    with mpl.rc_context(STYLE):
+        drawing, axes = pyplot.subplots(figsize=(8.4, 4.8))
+        axes.set_yscale("log", base=2)
+        ends: list[tuple[float, str, str]] = []
+        for number, name in enumerate(names):
+            points = [(n, e["ratios"][name][0]) for n, e in enumerate(entries) if name in e["ratios"]]
+            x = [n for n, _ in points]
+            y = [value / points[0][1] for _, value in points]
+            colour = HISTORY_COLOURS[number % len(HISTORY_COLOURS)]
+            axes.plot(
+                x, y, color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4.5, linewidth=1.4
+            )
+            ends.append((y[-1], name, colour))
+        axes.axhline(1, color=GREY, linewidth=1, linestyle="-.")
+        axes.set_xticks(range(len(entries)), [e["commit"][:7] for e in entries], rotation=45, ha="right")
+        axes.minorticks_off()
+        axes.set_ylabel("ratio over its first value")
+        axes.set_title(f"Attribution by commit\n{entries[0]['machine']}", fontsize=11, loc="left")
+        axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        _names(axes, ends)
+        drawing.tight_layout()
+        drawing.savefig(path, transparent=True, metadata={"Date": None})
+        pyplot.close(drawing)
 
 
 def _names(axes: Any, ends: list[tuple[float, str, str]]) -> None:

@@ -309,10 +309,12 @@ def main() -> None:
     print(text)
     print(f"written to {path}, {report['duration_seconds']:.0f} s in all")
     if whole:
+        import performance
         from plots import draw
 
         write_readme(text, HERE / "README.md")
         draw(report, HERE.parent / "docs" / "images")
+        performance.write(performance.add(report))
     failed = [r for r in report["figures"] if str(r["status"]).startswith("failed")]
     if failed:
         raise SystemExit("\n".join(f"{r['label']} at {r['tokens']} tokens {r['status']}" for r in failed))
