@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/attention.h"
@@ -31,6 +32,8 @@ template <>
 const char* type_name<uint16_t>() { return "uint16"; }
 template <>
 const char* type_name<int64_t>() { return "int64"; }
+template <>
+const char* type_name<double>() { return "float64"; }
 
 // The memory of anything with the buffer protocol, after checking that it is a dense array of T of this shape.
 template <class T>
@@ -163,13 +166,15 @@ py::dict attention(const py::kwargs& kwargs) {
     const py::gil_scoped_release unlocked;
     lmtt::attention_contributions(in, out);
   }
-  // [N, 4] rows of (destination, source, head, bits of the float32 share)
-  static_assert(sizeof(lmtt::KeptPair) == 16, "four words");
+  // [N, 4] rows of (destination, source, head, bits of the float32 share), and of (destination, source, bits, pairs)
+  static_assert(sizeof(lmtt::KeptPair) == 16 && sizeof(lmtt::KeptEdge) == 16, "four words");
   py::dict result;
   result["evaluated"] = out.evaluated, result["positive"] = out.positive;
   result["reevaluated"] = out.reevaluated;
   result["seconds"] = seconds_of(out.stages);
   result["kept"] = py::bytearray(reinterpret_cast<const char*>(out.kept.data()), out.kept.size() * 16);
+  result["kept_edges"] =
+      py::bytearray(reinterpret_cast<const char*>(out.kept_edges.data()), out.kept_edges.size() * 16);
   return result;
 }
 
@@ -206,6 +211,28 @@ py::dict neurons(const py::kwargs& kwargs) {
   result["evaluated"] = out.evaluated, result["positive"] = out.positive;
   result["seconds"] = seconds_of(out.stages);
   return result;
+}
+
+// values[i, n] = max(0, |whole[i]|_1 - |whole[i] - parts[n][i]|_1).
+void proximities(const py::kwargs& kwargs) {
+  const Arguments a(kwargs);
+  const Shape shape = a.shape("whole", 2);
+  const int64_t T = shape[0], D = shape[1];
+  const float* whole = a.floats("whole", shape);
+  std::vector<const float*> parts;
+  for (const py::handle& part : a.get("parts")) parts.push_back(array<float>(part, "parts", shape));
+  const int64_t count = static_cast<int64_t>(parts.size());
+  double* values = array<double>(a.get("values"), "values", {T, count}, true);
+  const int threads = threads_of(a);
+  const py::gil_scoped_release unlocked;
+  lmtt::parallel_for(threads, lmtt::panels(T), [&](int64_t p, int) {
+    for (int64_t i = p * lmtt::kPanel; i < std::min(T, (p + 1) * lmtt::kPanel); ++i) {
+      double dot;
+      for (int64_t n = 0; n < count; ++n) {
+        lmtt::kernels().proximity(parts[n] + i * D, whole + i * D, D, &values[i * count + n], &dot);
+      }
+    }
+  });
 }
 
 void transpose(const py::kwargs& kwargs) {
@@ -283,6 +310,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of lmtt; see kernels/backends/cpp_backend.py for their use.";
   m.def("attention", &attention, "Fills the given output arrays; returns counts and kept pairs.");
   m.def("neurons", &neurons, "Fills the given output arrays; returns counts.");
+  m.def("proximities", &proximities, "Fills `values` [T, n], float64, with the L1 proximities of `parts` to `whole`.");
   m.def("transpose", &transpose, "Fills `out` [n, m] with the transpose of `source` [m, n].");
   m.def("dequantize", &dequantize, py::arg("format"), py::arg("blocks"), py::arg("out"), py::arg("dtype"),
         py::arg("threads"), "Fills `out` with the values of `blocks`.");

@@ -92,6 +92,15 @@ class Pairs(NamedTuple):
     value: Tensor  # [N]
 
 
+class KeptEdges(NamedTuple):
+    """Edges with share > keep, sorted by (destination, source); edge n has the pairs from head_ptr[n] on."""
+
+    destination: Tensor  # int64 [N]
+    source: Tensor  # int64 [N]
+    weight: Tensor  # [N], shares
+    head_ptr: Tensor  # int64 [N + 1], into Pairs
+
+
 @dataclass(frozen=True)
 class AttentionResult:
     """Shares of each row of `whole`: edges.sum(-1) + residual + bias + others.sum(-1) is 1.
@@ -115,6 +124,7 @@ class AttentionResult:
     evaluated: int  # exact evaluations made
     positive: int  # pairs whose bound was positive
     reevaluated: int  # rows evaluated again because of max_certificate
+    kept_edges: KeptEdges | None = None  # where the backend listed them on the way; see `list_edges`
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from lmtt.errors import StructureError
 from lmtt.kernels import measures, registry
+from lmtt.kernels.backends import cpp_backend
 from lmtt.kernels.types import (
     AttentionResult,
     AttentionTask,
     Choice,
+    KeptEdges,
     Measure,
     NeuronResult,
     NeuronTask,
@@ -184,11 +186,18 @@ def neuron_task(
     )
 
 
-def shares(parts: list[Tensor], whole: Tensor, measure: Measure) -> Tensor:
-    """[T, n] shares of a handful of parts [T, D] of `whole` [T, D]; rows of 0 where nothing is close."""
-    rule = measures.measure(measure)
-    prepared = rule.prepare(whole)
-    values = torch.stack([rule.proximity(part, *prepared) for part in parts], dim=-1).double()
+def shares(parts: list[Tensor], whole: Tensor, measure: Measure, backend: str = "reference") -> Tensor:
+    """[T, n] shares of a handful of parts [T, D] of `whole` [T, D]; rows of 0 where nothing is close.
+
+    backend : "cpp" for the native loop, where the layer's other shares come from there too.
+    """
+    native = cpp_backend.proximities(parts, whole) if backend == "cpp" and measure == "l1" else None
+    if native is not None:
+        values = native
+    else:
+        rule = measures.measure(measure)
+        prepared = rule.prepare(whole)
+        values = torch.stack([rule.proximity(part, *prepared) for part in parts], dim=-1).double()
     total = values.sum(-1, keepdim=True)
     return torch.where(total > 0, values / total.where(total > 0, torch.ones_like(total)), 0.0)
 
@@ -226,7 +235,8 @@ def layer_shares(layer: CapturedLayer, settings: Settings) -> LayerShares:
     else:
         arrays |= _opaque_arrays(block, settings.measure)
     if block.post is not None:
-        arrays |= _mlp_arrays(block.post, settings.measure)
+        backend = choices[0].backend if choices else "reference"
+        arrays |= _mlp_arrays(block.post, settings.measure, backend)
 
     if len(block.mlps) == 1:
         task_n = neuron_task(
@@ -255,28 +265,24 @@ def _host(tensor: Tensor) -> NDArray[np.float32]:
 
 def _attention_arrays(block: Block, result: AttentionResult, floor: float) -> dict[str, NDArray[Any]]:
     """Shares of the attention's stage, its kept edges and their heads."""
-    edges = result.edges
-    T = edges.shape[0]
-    destination, source = torch.nonzero(edges > floor, as_tuple=True)
-    weight = edges[destination, source]
-    kept_mass = torch.zeros(T, dtype=torch.float64, device=edges.device).index_add_(
-        0, destination, weight.double()
+    T = result.edges.shape[0]
+    edges, kept = result.kept_edges or list_edges(result, floor), result.kept
+    assert kept is not None
+    kept_mass = torch.zeros(T, dtype=torch.float64, device=edges.weight.device).index_add_(
+        0, edges.destination, edges.weight.double()
     )
     others = result.others.double().sum(-1)
     given = result.residual.double() + result.bias.double() + others
     rest = torch.where(result.normaliser > 0, (1 - given - kept_mass).clamp(min=0), 0.0)
-    kept = result.kept
-    assert kept is not None
-    head_ptr = torch.searchsorted(kept.destination * T + kept.source, destination * T + source)
     arrays: dict[str, NDArray[Any]] = {
         "residual": _host(result.residual),
         "bias": _host(result.bias),
         "rest": _host(rest),
         "certificate": _host(result.certificate),
-        "edge_destination": destination.cpu().numpy().astype(np.int32),
-        "edge_source": source.cpu().numpy().astype(np.int32),
-        "edge_weight": _host(weight),
-        "head_ptr": np.append(head_ptr.cpu().numpy(), len(kept.head)).astype(np.int64),
+        "edge_destination": edges.destination.cpu().numpy().astype(np.int32),
+        "edge_source": edges.source.cpu().numpy().astype(np.int32),
+        "edge_weight": _host(edges.weight),
+        "head_ptr": edges.head_ptr.cpu().numpy(),
         "head": kept.head.cpu().numpy().astype(np.int32),
         "head_weight": _host(kept.value),
     }
@@ -285,6 +291,17 @@ def _attention_arrays(block: Block, result: AttentionResult, floor: float) -> di
         name = "opaque" if block.post is not None or _is_mixer(write) else "mlp"
         arrays[name] = arrays.get(name, np.zeros(T, np.float32)) + _host(result.others[:, number])
     return arrays
+
+
+def list_edges(result: AttentionResult, floor: float) -> KeptEdges:
+    """The edges above the floor, for backends that do not list them on the way."""
+    kept = result.kept
+    assert kept is not None
+    T = result.edges.shape[0]
+    destination, source = torch.nonzero(result.edges > floor, as_tuple=True)
+    head_ptr = torch.searchsorted(kept.destination * T + kept.source, destination * T + source)
+    end = head_ptr.new_full((1,), len(kept.head))
+    return KeptEdges(destination, source, result.edges[destination, source], torch.cat([head_ptr, end]))
 
 
 def _is_mixer(write: object) -> bool:
@@ -311,9 +328,9 @@ def _opaque_arrays(block: Block, measure: Measure) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _mlp_arrays(stage: Stage, measure: Measure) -> dict[str, NDArray[Any]]:
+def _mlp_arrays(stage: Stage, measure: Measure, backend: str) -> dict[str, NDArray[Any]]:
     """The MLP block, its bias included, is one part of resid_post beside resid_mid."""
-    values = shares([stage.base, *(w.written for w in stage.writes)], stage.whole, measure)
+    values = shares([stage.base, *(w.written for w in stage.writes)], stage.whole, measure, backend)
     return {"passthrough": _host(values[:, 0]), "mlp": _host(values[:, 1:].sum(-1))}
 
 

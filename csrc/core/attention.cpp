@@ -39,6 +39,12 @@ struct SourceGroup {
   int64_t head, begin, end;
 };
 
+// What of a row is reported pair by pair.
+struct KeptRow {
+  std::vector<KeptEdge> edges;
+  std::vector<KeptPair> pairs;
+};
+
 // One thread's memory.
 struct Scratch {
   Buffer<float> q, logits, product, k_panels, v_panels, panel, table, x, u, u_largest;
@@ -58,7 +64,8 @@ class Pass {
   bool screen(Block& block, const int32_t* rows, Scratch& scratch);
   void evaluate(const std::vector<Block*>& blocks);
   void evaluate(const SourceGroup& group, Scratch& scratch);
-  void finish(const Block& block, const int32_t* rows);
+  void finish(const Block& block, const int32_t* rows, Scratch& scratch);
+  void keep(const Block& block, const int32_t* rows, Scratch& scratch);
 
   const AttentionInput& in;
   AttentionOutput& out;
@@ -83,8 +90,8 @@ class Pass {
   Buffer<float> o_panels;                   // [H, panels of D, E_v, 16]
   Buffer<float> direction;                  // [rows at a time, H, E_v]
   std::vector<Record*> gathered;            // records by head and group of sources
+  std::vector<KeptRow> kept;                // [T]
   std::vector<Scratch> scratch;             // by thread
-  std::mutex kept_mutex;
 };
 
 Pass::Pass(const AttentionInput& input, AttentionOutput& output)
@@ -95,6 +102,7 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
   packed = (in.H_kv * width * (E + E_v) + H * E_v * width_of_D) * int64_t(sizeof(float)) <= in.workspace / 4;
   threshold.resize(T), listed.resize(T), parts.resize(T), uncertain.resize(T), signed_sum.resize(T), absolute.resize(T);
   positive.resize(T), evaluated.resize(T);
+  if (in.keep_pairs) kept.resize(T);
   head_sums = Buffer<double>(T * H);
   margin = Buffer<float>(H * width);
   smallest = Buffer<float>(T * blocks_of_D);
@@ -133,24 +141,24 @@ void Pass::run() {
   for (int64_t i = 0; i < T; ++i) out.positive += positive[i], out.evaluated += evaluated[i];
 
   // Rows that screening leaves too uncertain, again with a lower threshold; those that still are, at last without one.
-  std::vector<char> again(T, 0);
   for (int attempt = 1; in.screen > 0 && attempt <= kAttempts; ++attempt) {
     std::vector<int32_t> doubtful;
     for (const int32_t i : rows) {
-      again[i] = out.certificate[i] > in.max_certificate;
-      if (!again[i]) continue;
+      if (!(out.certificate[i] > in.max_certificate)) continue;
       doubtful.push_back(i);
       const double aim = kAim * in.max_certificate / out.certificate[i];
       threshold[i] = attempt == kAttempts ? 0.0f : static_cast<float>(threshold[i] * aim * aim);
     }
-    if (doubtful.empty()) return;
-    const auto listed_before = [&](const KeptPair& pair) { return again[pair.destination]; };
-    out.kept.erase(std::remove_if(out.kept.begin(), out.kept.end(), listed_before), out.kept.end());
+    if (doubtful.empty()) break;
     // finish() turned the fixed parts' proximities into shares where they stand
     for (const int32_t i : doubtful) parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
     do_rows(doubtful);
     for (const int32_t i : doubtful) out.evaluated += evaluated[i];
     if (attempt == 1) out.reevaluated = static_cast<int64_t>(doubtful.size());
+  }
+  for (const KeptRow& row : kept) {
+    out.kept_edges.insert(out.kept_edges.end(), row.edges.begin(), row.edges.end());
+    out.kept.insert(out.kept.end(), row.pairs.begin(), row.pairs.end());
   }
 }
 
@@ -223,7 +231,7 @@ void Pass::do_rows(const std::vector<int32_t>& rows) {
       out.stages.screening += watch.lap();
       evaluate(ready);
       out.stages.evaluation += watch.lap();
-      parallel_for(in.threads, ready.size(), [&](int64_t b, int) { finish(*ready[b], these); });
+      parallel_for(in.threads, ready.size(), [&](int64_t b, int thread) { finish(*ready[b], these, scratch[thread]); });
       out.stages.reduction += watch.lap();
 
       std::vector<Block> rest;
@@ -454,7 +462,7 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
 }
 
 // Step 5.
-void Pass::finish(const Block& block, const int32_t* rows) {
+void Pass::finish(const Block& block, const int32_t* rows, Scratch& s) {
   for (int64_t h = 0; h < H; ++h) {
     for (int64_t n = block.head_begin[h]; n < block.head_begin[h + 1]; ++n) {
       const Record& record = block.records[n];
@@ -476,19 +484,44 @@ void Pass::finish(const Block& block, const int32_t* rows) {
     share_fixed_parts(in.parts, i, normaliser, out.residual, out.bias, out.others);
     head_sums[i * H] = inverse;  // needed below, the sums are not
   }
-  if (!in.keep_pairs) return;
-  std::vector<KeptPair> kept;
-  for (int64_t h = 0; h < H; ++h) {
-    for (int64_t n = block.head_begin[h]; n < block.head_begin[h + 1]; ++n) {
-      const Record& record = block.records[n];
-      const float share = static_cast<float>(record.value * head_sums[record.row * H]);
-      if (share > in.keep && out.edges[record.row * T + record.source] > in.keep) {
-        kept.push_back({record.row, record.source, static_cast<int32_t>(h), share});
-      }
+  if (in.keep_pairs) keep(block, rows, s);
+}
+
+// What stands above `keep`, edges by source and their pairs by head. head_sums[i, 0] is 1 / normaliser by now.
+void Pass::keep(const Block& block, const int32_t* rows, Scratch& s) {
+  std::vector<int64_t> next(block.head_begin.begin(), block.head_begin.end() - 1);
+  std::vector<int64_t> place;
+  for (int64_t r = block.begin; r < block.end; ++r) {
+    const int32_t i = rows[r];
+    KeptRow& row = kept[i];
+    row.edges.clear(), row.pairs.clear();
+    const float* edges = out.edges + int64_t(i) * T;
+    for (int32_t j = 0; j <= i; ++j) {
+      if (!(edges[j] > in.keep)) continue;
+      s.slot[j] = static_cast<int32_t>(row.edges.size());
+      row.edges.push_back({i, j, edges[j], 0});
     }
+    const auto each = [&](int64_t h, int64_t& n, const auto& action) {
+      for (; n < block.head_begin[h + 1] && block.records[n].row == i; ++n) {
+        const Record& record = block.records[n];
+        const float share = static_cast<float>(record.value * head_sums[int64_t(i) * H]);
+        if (share > in.keep && s.slot[record.source] >= 0) action(s.slot[record.source], record.source, share);
+      }
+    };
+    for (int64_t h = 0; h < H; ++h) {
+      int64_t n = next[h];
+      each(h, n, [&](int32_t edge, int32_t, float) { ++row.edges[edge].pairs; });
+    }
+    place.assign(1, 0);
+    for (const KeptEdge& edge : row.edges) place.push_back(place.back() + edge.pairs);
+    row.pairs.resize(place.back());
+    for (int64_t h = 0; h < H; ++h) {
+      each(h, next[h], [&](int32_t edge, int32_t source, float share) {
+        row.pairs[place[edge]++] = {i, source, static_cast<int32_t>(h), share};
+      });
+    }
+    for (const KeptEdge& edge : row.edges) s.slot[edge.source] = -1;
   }
-  const std::lock_guard<std::mutex> lock(kept_mutex);
-  out.kept.insert(out.kept.end(), kept.begin(), kept.end());
 }
 
 }  // namespace

@@ -35,11 +35,19 @@ struct KeptPair {
   float share;
 };
 
+// An edge with a share above `keep`, and its heads' pairs.
+struct KeptEdge {
+  int32_t destination, source;
+  float share;
+  int32_t pairs;  // how many of KeptPair are its own
+};
+
 // Caller's arrays, overwritten entirely.
 struct AttentionOutput {
   float *edges, *per_head, *residual, *bias, *others, *normaliser, *certificate, *checksum;
   int64_t evaluated = 0, positive = 0, reevaluated = 0;
-  std::vector<KeptPair> kept;  // in no particular order
+  std::vector<KeptEdge> kept_edges;  // by destination, then source
+  std::vector<KeptPair> kept;        // in the same order, then by head
   Stages stages;
 };
 

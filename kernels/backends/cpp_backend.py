@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmtt.errors import InputError
 from lmtt.kernels import host_memory, stages
-from lmtt.kernels.types import AttentionResult, AttentionTask, NeuronResult, NeuronTask, Pairs
+from lmtt.kernels.types import AttentionResult, AttentionTask, KeptEdges, NeuronResult, NeuronTask, Pairs
 
 NAME = "cpp"
 
@@ -93,7 +93,8 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
     return AttentionResult(
         edges=edges,
         per_head=per_head,
-        kept=None if task.keep is None else _pairs(counts["kept"], T, H),
+        kept=None if task.keep is None else _pairs(counts["kept"]),
+        kept_edges=None if task.keep is None else _edges(counts["kept_edges"]),
         evaluated=counts["evaluated"],
         positive=counts["positive"],
         reevaluated=counts["reevaluated"],
@@ -128,6 +129,21 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
         positive=counts["positive"],
         **common.results(),
     )
+
+
+@torch.no_grad()
+def proximities(parts: Sequence[Tensor], whole: Tensor) -> Tensor | None:
+    """L1 proximity of each part [T, D] to `whole` [T, D]: float64 [T, n]; None for what is not done here."""
+    if whole.dtype not in WIDENED or whole.device.type != "cpu":
+        return None
+    values = torch.empty(len(whole), len(parts), dtype=torch.float64)
+    _native().proximities(
+        whole=_dense("whole", whole, whole.shape),
+        parts=[_dense("parts", part, whole.shape) for part in parts],
+        values=values.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    return values
 
 
 class _Common:
@@ -173,17 +189,26 @@ def _mask(mask: Tensor | None, H: int, T: int) -> dict[str, Any]:
     return {"mask": _dense("mask", mask, shape), "allowed": None}
 
 
-def _pairs(kept: bytearray, T: int, H: int) -> Pairs:
-    """From rows of (destination, source, head, bits of the float32 share), sorted here."""
-    words = (
-        torch.frombuffer(kept, dtype=torch.int32).view(-1, 4)
-        if kept
-        else torch.empty(0, 4, dtype=torch.int32)
-    )
+def _pairs(kept: bytearray) -> Pairs:
+    """From rows of (destination, source, head, bits of the float32 share)."""
+    words = _words(kept)
     destination, source, head = words[:, :3].long().unbind(1)
-    order = ((destination * T + source) * H + head).argsort()
-    value = words[:, 3].contiguous().view(torch.float32)
-    return Pairs(destination[order], source[order], head[order], value[order])
+    return Pairs(destination, source, head, words[:, 3].contiguous().view(torch.float32))
+
+
+def _edges(kept: bytearray) -> KeptEdges:
+    """From rows of (destination, source, bits of the float32 share, pairs of this edge)."""
+    words = _words(kept)
+    destination, source, pairs = words[:, (0, 1, 3)].long().unbind(1)
+    weight = words[:, 2].contiguous().view(torch.float32)
+    return KeptEdges(destination, source, weight, torch.cat([pairs.new_zeros(1), pairs.cumsum(0)]))
+
+
+def _words(rows: bytearray) -> Tensor:
+    """int32 [N, 4]."""
+    if not rows:  # torch.frombuffer refuses
+        return torch.empty(0, 4, dtype=torch.int32)
+    return torch.frombuffer(rows, dtype=torch.int32).view(-1, 4)
 
 
 def _optional(name: str, tensor: Tensor | None, shape: Sequence[int]) -> Any:
