@@ -19,6 +19,7 @@ from lmtt.checkpoint.source import WeightSource
 from lmtt.errors import CheckpointError, StructureError
 from lmtt.kernels.host_memory import anonymous, reusing
 from lmtt.streaming.assign import Unit, assign, convert
+from lmtt.streaming.experts import Lender, split
 from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, make_plan
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
@@ -96,8 +97,12 @@ class StreamedWeights:
         self._stack = stack
         self._limit = limit
         self._assignment = assign(model, stack, source.tensors, dtype)
-        self._placements = [place(source, unit.tensors) for unit in self._assignment.layers]
+        layers = [split(model, unit, source) for unit in self._assignment.layers]
+        self._ahead = [unit for unit, _ in layers]  # what is read ahead of each layer
+        self._experts = [experts for _, experts in layers]  # what is read once it is known that it is needed
+        self._placements = [place(source, unit.tensors) for unit in self._ahead]
         self._meta: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+        self._lender = Lender(source, model, dtype, self._assignment.dtypes, device, self._set)
         self._embedding, self._unembedding = self._vocabulary_tensors()
         self.shapes = Shapes.of(model, len(self._placements), dtype)
         self.weights = self._sizes()
@@ -224,7 +229,7 @@ class StreamedWeights:
         if plan.bytes.total + self._head.nbytes > self._limit:
             self._head.drop()
         arena = anonymous(plan.arena)
-        most = max(self._decoded_bytes(unit) for unit in self._assignment.layers)
+        most = max(self._decoded_bytes(unit) for unit in self._ahead)
         decoded = [self._room(most)]
         try:
             with reusing(), Ring(self._source, self._placements, layers, arena) as ring:
@@ -240,7 +245,7 @@ class StreamedWeights:
     @contextmanager
     def _turn(self, layer: int, ring: Ring, decoded: Tensor) -> Iterator[None]:
         """A layer's weights, from taking its bytes from the ring to giving their room back."""
-        unit = self._assignment.layers[layer]
+        unit = self._ahead[layer]
         begun = time.perf_counter()
         raw = ring.take(layer)
         self.traffic.seconds_waiting += time.perf_counter() - begun
@@ -248,13 +253,18 @@ class StreamedWeights:
         in_use = self._fill(unit, raw, decoded)
         if not in_use:
             ring.release(layer)  # the reader goes on while this layer computes
+        routed = self._lender.bytes_read
         try:
-            yield
+            with self._lender.lent(self._experts[layer]):
+                yield
         except StructureError:
             if self._check:  # parts that do not add up may be due to damaged weights, which then have a name
                 refuse_nonfinite(self._model)
             raise
         finally:
+            routed = self._lender.bytes_read - routed
+            self.bytes_read += routed
+            self.traffic.bytes_taken += routed
             self._evict(layer)
             if in_use:
                 ring.release(layer)
