@@ -13,6 +13,7 @@ from typing import Any
 
 import panel as pn
 import panel_material_ui as pmui
+from panel.util.parameters import edit_readonly
 
 from lmtt.errors import LmttError
 from lmtt.trace import Trace
@@ -20,15 +21,13 @@ from lmtt.viz import tables, theme, views
 from lmtt.viz.component import RouteView
 from lmtt.viz.details import Details
 from lmtt.viz.jobs import CancelledError, Run
-from lmtt.viz.script import source
+from lmtt.viz.panes import WIDE, fill, html
 from lmtt.viz.state import Asked, Server, Shown, State, read_upload, saved
-from lmtt.viz.store import pack
 
 WAIT = "One moment …"
 POLL = 0.1  # seconds between looks at a run's progress
 TABS = ("Details", "Lens", "Contrast", "Heads", "Output", "Cost", "Save")
 EXAMPLE = "When Mary and John went to the store, John gave a drink to"
-WIDE = {"sizing_mode": "stretch_width"}
 
 
 class Dashboard:
@@ -39,15 +38,14 @@ class Dashboard:
         self.owner = owner
         self.state = State()
         self._run: Run[Shown] | None = None
-        self._css = source("dashboard.css")
         self._form()
         self.route = RouteView(sizing_mode="stretch_both", min_height=420)
-        self.details = Details(self.ask, self._css)
+        self.details = Details(self.ask)
         self._tabs()
         self._wire()
         self.page = self._page()
-        if server.first is not None:
-            self.state.show(Shown(server.first), keep=True)
+        if server.opened is not None:
+            self.state.show(server.opened, keep=True)
 
     def join(self) -> None:
         """Tie state and session together: the address keeps the state, and who leaves stops their run."""
@@ -82,17 +80,14 @@ class Dashboard:
         self.progress = pmui.LinearProgress(
             value=0, variant="determinate", visible=False, margin=(0, 10), **WIDE
         )
-        self.message = self._html("")
+        self.message = html("")
         self.recent = pmui.Select(label="Recent runs", options=[], visible=False, **WIDE)
         self.upload = pn.widgets.FileInput(accept=".lmtt", multiple=False, **WIDE)
         self.path = pmui.TextInput(label="or a run on this machine", placeholder="path, then Enter", **WIDE)
 
-    def _html(self, text: str) -> Any:
-        return pn.pane.HTML(f'<div class="lmtt">{text}</div>', stylesheets=[self._css], **WIDE)
-
     def say(self, text: str) -> None:
         """A sentence below the run button."""
-        self.message.object = f'<div class="lmtt" role="status">{tables.sentence(text) if text else ""}</div>'
+        fill(self.message, f'<div role="status">{tables.sentence(text) if text else ""}</div>')
 
     async def run(self, *_: Any) -> None:
         """Trace what the form holds; progress and trouble are said on the page."""
@@ -193,7 +188,8 @@ class Dashboard:
             "Cost": self.bodies["Cost"],
             "Save": self.files,
         }
-        self.tabs = pmui.Tabs(*columns.items(), dynamic=False, sx=_TABS, **WIDE)
+        # Tabs that nobody looked at are not sent: a third of the page.
+        self.tabs = pmui.Tabs(*columns.items(), dynamic=True, sx=_TABS, **WIDE)
         self._fresh: dict[str, Any] = {}
 
     def _downloads(self) -> Any:
@@ -203,9 +199,11 @@ class Dashboard:
                     raise LmttError("there is no run yet", remedy="trace a prompt first")
                 return io.BytesIO(make())
 
-            return pmui.FileDownload(
-                callback=ready, filename=name, label=label, auto=True, embed=False, variant="outlined", **WIDE
+            made = pmui.FileDownload(
+                callback=ready, filename=name, label=label, auto=True, embed=False, **WIDE
             )
+            made.variant = "outlined"  # given above, panel would take it for two settings and warn
+            return made
 
         def route() -> Any:
             assert self.state.trace is not None
@@ -225,7 +223,7 @@ class Dashboard:
             return lambda: json.dumps(make(), ensure_ascii=False).encode("utf-8", "replace")
 
         return pn.Column(
-            self._html(
+            html(
                 tables.sentence(
                     "The route as it is shown now, and the whole run. PNG and SVG: above the graph."
                 )
@@ -263,11 +261,11 @@ class Dashboard:
         self._fresh[name] = key
         body.loading = True
         if not body.objects:
-            body[:] = [self._html(tables.sentence(WAIT))]
+            body[:] = [html(tables.sentence(WAIT))]
         try:
             found = await self._tab(name, trace, start, dark)
         except LmttError as error:
-            found = [self._html(tables.sentence(str(error)))]
+            found = [html(tables.sentence(str(error)))]
         finally:
             body.loading = False
         if self._fresh.get(name) == key:  # else somebody was quicker, and that call fills it
@@ -276,17 +274,15 @@ class Dashboard:
     async def _tab(self, name: str, trace: Trace, start: int, dark: bool) -> list[Any]:
         match name:
             case "Lens":
-                return await views.lens(
-                    trace, start, self.lens_shade.value, dark, self.ask, self._html, self.pick
-                )
+                return await views.lens(trace, start, self.lens_shade.value, dark, self.ask, html, self.pick)
             case "Contrast":
                 target, foil = self.target.value or "", self.foil.value or ""
-                return await views.contrast(trace, start, target, foil, dark, self.ask, self._html)
+                return await views.contrast(trace, start, target, foil, dark, self.ask, html)
             case "Heads":
                 return await views.heads(trace, start, self.state.threshold, self.per.value, dark, self.pick)
             case "Output":
-                return views.output(self.state.shown.generation, dark, self._html, self.pick)
-        return views.cost(trace, dark, self._html)
+                return views.output(self.state.shown.generation, dark, html, self.pick)
+        return views.cost(trace, dark, html)
 
     def pick(self, what: dict[str, Any]) -> None:
         """As if it had been clicked in the graph."""
@@ -307,7 +303,7 @@ class Dashboard:
         self.recent.param.watch(self._again, "value")
         for name in ("threshold", "position", "picked"):
             route.link(state, **{name: name}, bidirectional=True)
-        state.param.watch(lambda e: setattr(route, "dark", e.new), "dark")
+        route.link(state, dark="dark", bidirectional=True)
         state.param.watch(self._shown, "shown")
         state.param.watch(self._listed, "recent")
         state.param.watch(self._picked, ["picked", "shown", "dark"])
@@ -317,9 +313,8 @@ class Dashboard:
             widget.param.watch(self.refresh, "value")
 
     def _shown(self, event: Any) -> None:
-        trace = event.new.trace
         self.route.param.update(
-            store=pack(trace.data), threshold=self.state.threshold, position=self.state.start
+            store=event.new.store, threshold=self.state.threshold, position=self.state.start
         )
 
     def _listed(self, event: Any) -> None:
@@ -340,7 +335,7 @@ class Dashboard:
     # --- the page ---
 
     def _page(self) -> Any:
-        opens: list[Any] = [self._html("<h4>Open a run file (.lmtt)</h4>"), self.upload]
+        opens: list[Any] = [html("<h4>Open a run file (.lmtt)</h4>"), self.upload]
         if self.server.policy.loopback:
             opens.append(self.path)
         form = [self.model, self.prompt, self.options, self.button, self.cancel, self.progress]
@@ -363,10 +358,22 @@ class Dashboard:
             sidebar_width=300,
             main=[pn.Row(graph, beside, sizing_mode="stretch_both", styles=_MAIN)],
             theme_config=_THEMES,
+            busy_indicator=None,
         )
-        page.param.watch(lambda e: setattr(self.state, "dark", bool(e.new)), "dark_theme")
+        with edit_readonly(page):
+            # It follows whatever anybody on this server does, at the price of a search through this page's
+            # models each time.
+            page.busy = False
+        page.param.watch(self._switched, "dark_theme")
+        self.state.param.watch(lambda e: setattr(page, "dark_theme", e.new), "dark")
         self.state.dark = bool(page.dark_theme)
         return page
+
+    def _switched(self, event: Any) -> None:
+        """The page's own switch: from now on the reader's system is not followed."""
+        if bool(event.new) != self.state.dark:
+            self.route.by_hand = True
+            self.state.dark = bool(event.new)
 
 
 _THEMES = {

@@ -18,7 +18,8 @@ class RouteView(JSComponent):  # type: ignore[misc] # panel ships no types
     threshold = param.Number(default=0.04, bounds=(0, 1))
     position = param.Integer(default=-1, doc="the start; -1 is the last token")
     picked = param.Dict(default={}, doc="what was clicked: {kind, layer, position, source, site}")
-    dark = param.Boolean(default=False)
+    dark = param.Boolean(default=False, doc="the reader's system is followed unless `by_hand`")
+    by_hand = param.Boolean(default=False, doc="dark was switched; the browser remembers it")
     themes = param.String(default=theme.css(":root", system=False), constant=True, doc="CSS for the document")
 
     _esm: ClassVar[str] = bundle("panel.js")

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 from bokeh.models import (
+    AdaptiveTicker,
     ColorBar,
     ColumnDataSource,
     CrosshairTool,
+    CustomJSTickFormatter,
     FixedTicker,
     HoverTool,
     LinearColorMapper,
     NoOverlap,
-    PlainText,
     Range1d,
     Span,
     TapTool,
@@ -39,65 +40,93 @@ def theme_of(dark: bool) -> Theme:
     return DARK if dark else LIGHT
 
 
-def bars(names: Sequence[str], values: Array, dark: bool, *, title: str, picked: Picked | None = None) -> Any:
-    """Horizontal bars, the first on top; a click on one is handed its index."""
-    theme, n = theme_of(dark), len(names)
-    source = ColumnDataSource(
-        {"y": np.arange(n), "value": np.asarray(values, np.float64), "name": list(names)}
-    )
-    low, high = min(0.0, float(np.min(values, initial=0.0))), float(np.max(values, initial=0.0)) or 1.0
-    plot = _plot(theme, title, height=max(90, 46 + 19 * n), x=(low * 1.05, high * 1.12), y=(n - 0.4, -0.6))
-    drawn = plot.hbar(
-        y="y",
-        right="value",
-        left=0,
-        height=0.72,
-        source=source,
-        fill_color=theme.attention[3],
-        line_color=None,
-    )
-    drawn.nonselection_glyph = drawn.glyph
-    drawn.selection_glyph = drawn.glyph.clone(fill_color=theme.target)
-    _labels(plot.yaxis[0], names)
-    plot.add_tools(HoverTool(renderers=[drawn], tooltips=[("", "@name"), ("value", "@value{0.00000}")]))
-    if picked is not None:
-        plot.add_tools(TapTool(renderers=[drawn]))
-        _on_pick(source, picked)
-    return plot
+class Bars:
+    """Horizontal bars, the first on top; a click on one is handed its index. `show` fills them."""
+
+    def __init__(self, dark: bool, *, title: str, picked: Picked | None = None) -> None:
+        theme = theme_of(dark)
+        self._source = ColumnDataSource({"y": [], "value": [], "name": []})
+        self.plot = _plot(theme, title, height=90, x=(0, 1), y=(0.6, -0.6))
+        drawn = self.plot.hbar(
+            y="y", right="value", left=0, height=0.72, source=self._source,
+            fill_color=theme.attention[3], line_color=None,
+        )  # fmt: skip
+        drawn.nonselection_glyph = drawn.glyph
+        drawn.selection_glyph = drawn.glyph.clone(fill_color=theme.target)
+        _labels(self.plot.yaxis[0], [""])
+        self.plot.add_tools(
+            HoverTool(renderers=[drawn], tooltips=[("", "@name"), ("value", "@value{0.00000}")])
+        )
+        if picked is not None:
+            self.plot.add_tools(TapTool(renderers=[drawn]))
+            _on_pick(self._source, picked)
+
+    def show(self, names: Sequence[str], values: Array) -> Any:
+        """The figure, with these bars in place of those before."""
+        n = len(names)
+        low, high = min(0.0, float(np.min(values, initial=0.0))), float(np.max(values, initial=0.0)) or 1.0
+        self._source.selected.indices = []
+        self._source.data = {
+            "y": np.arange(n), "value": np.asarray(values, np.float64), "name": list(names),
+        }  # fmt: skip
+        self.plot.height = max(90, 46 + 19 * n)
+        self.plot.x_range.update(start=low * 1.05, end=high * 1.12)
+        self.plot.y_range.update(start=n - 0.4, end=-0.6)
+        _name(self.plot.yaxis[0], names)
+        return self.plot
 
 
-def maps(
-    left: Array, right: Array, tokens: Sequence[str], dark: bool, *, titles: tuple[str, str]
-) -> tuple[Any, Any]:
-    """Two [T, T] maps side by side (row i: destination) with one zoom and one crosshair."""
-    theme, T = theme_of(dark), len(tokens)
-    x, y = Range1d(-0.5, T - 0.5, bounds="auto"), Range1d(T - 0.5, -0.5, bounds="auto")
-    cross = CrosshairTool(
-        overlay=[
-            Span(dimension=d, line_color=theme.target, line_width=1, line_alpha=0.8)
-            for d in ("width", "height")
-        ]
-    )
-    found = []
-    for values, title, ramp in ((left, titles[0], theme.attention), (right, titles[1], theme.mlp)):
-        plot = _plot(theme, title, height=330, x=x, y=y, tools="pan,wheel_zoom,reset")
-        top = float(np.max(values, initial=0.0)) or 1.0
-        mapper = LinearColorMapper(_ramp(theme, ramp), low=0, high=top)
-        shown = _blocks(np.asarray(values, np.float32))
-        if T > QUANTISED:
-            shown = np.round(shown * (255 / top)).astype(np.uint8)
-            mapper = LinearColorMapper(_ramp(theme, ramp), low=0, high=255)
-        image = plot.image(image=[shown], x=-0.5, y=-0.5, dw=T, dh=T, color_mapper=mapper, level="image")
-        plot.add_tools(cross)
-        if T <= QUANTISED:
-            plot.add_tools(
-                HoverTool(renderers=[image], tooltips=[("value", "@image{0.00000}")], attachment="above")
+class Maps:
+    """Two [T, T] maps side by side (row i: destination), one zoom, one crosshair; `show` fills them."""
+
+    def __init__(self, tokens: Sequence[str], dark: bool) -> None:
+        theme, T = theme_of(dark), len(tokens)
+        x, y = Range1d(-0.5, T - 0.5, bounds="auto"), Range1d(T - 0.5, -0.5, bounds="auto")
+        cross = CrosshairTool(
+            overlay=[
+                Span(dimension=d, line_color=theme.target, line_width=1, line_alpha=0.8)
+                for d in ("width", "height")
+            ]
+        )
+        self._quantised = T > QUANTISED
+        self._parts: list[tuple[Any, Any, Any]] = []  # figure, its source, its colours
+        for ramp in (theme.attention, theme.mlp):
+            plot = _plot(theme, "", height=330, x=x, y=y, tools="pan,wheel_zoom,reset")
+            mapper = LinearColorMapper(_ramp(theme, ramp), low=0, high=255 if self._quantised else 1)
+            source = ColumnDataSource({"image": []})
+            image = plot.image(
+                image="image", x=-0.5, y=-0.5, dw=T, dh=T, source=source, color_mapper=mapper, level="image"
             )
-        _token_axes(plot, tokens)
-        if T <= QUANTISED:
-            plot.add_layout(_colour_bar(theme, mapper), "right")
-        found.append(plot)
-    return found[0], found[1]
+            plot.add_tools(cross)
+            _token_axes(plot, tokens)
+            if not self._quantised:
+                plot.add_tools(
+                    HoverTool(renderers=[image], tooltips=[("value", "@image{0.00000}")], attachment="above")
+                )
+                plot.add_layout(_colour_bar(theme, mapper), "right")
+            self._parts.append((plot, source, mapper))
+
+    @property
+    def left(self) -> Any:
+        """The first map's figure."""
+        return self._parts[0][0]
+
+    @property
+    def right(self) -> Any:
+        """The second map's figure."""
+        return self._parts[1][0]
+
+    def show(self, left: Array, right: Array, titles: tuple[str, str]) -> None:
+        """These maps in place of those before; the zoom stays."""
+        for (plot, source, mapper), values, title in zip(self._parts, (left, right), titles, strict=True):
+            top = float(np.max(values, initial=0.0)) or 1.0
+            shown = _blocks(np.asarray(values, np.float32))
+            if self._quantised:
+                shown = np.round(shown * (255 / top)).astype(np.uint8)
+            else:
+                mapper.high = top
+            plot.title.text = title
+            source.data = {"image": [shown]}
 
 
 def heat(
@@ -193,14 +222,28 @@ def _range(given: Any) -> Any:
 
 
 def _labels(axis: Any, names: Sequence[str], *, slanted: bool = False, policy: bool = False) -> None:
-    """One label for each row or column. As plain text: a token between $$ is no formula."""
-    axis.ticker = FixedTicker(ticks=list(range(len(names))))
-    axis.major_label_overrides = {i: PlainText(text=name or " ") for i, name in enumerate(names)}
+    """One label for each row or column, fewer where many are in view. A label is text, never a formula."""
+    # A formatter rather than overrides: these are a model for each label, a second's work for long prompts.
+    axis.formatter = CustomJSTickFormatter(code="return names[tick] ?? ''")
+    many = len(names) > LABELLED
+    axis.ticker = (
+        AdaptiveTicker(mantissas=[1, 2, 5], min_interval=1, desired_num_ticks=16, num_minor_ticks=0)
+        if many
+        else FixedTicker()
+    )
+    _name(axis, names)
     axis.major_label_text_font = MONO
     if slanted:
         axis.major_label_orientation = 0.9
-    if policy or len(names) > LABELLED:
+    if policy or many:
         axis.major_label_policy = NoOverlap()
+
+
+def _name(axis: Any, names: Sequence[str]) -> None:
+    """Other labels on an axis of `_labels`. No model is replaced: the server would go through all it has."""
+    axis.formatter.args = {"names": list(names)}
+    if isinstance(axis.ticker, FixedTicker):
+        axis.ticker.ticks = list(range(len(names)))
 
 
 def _token_axes(plot: Any, tokens: Sequence[str]) -> None:

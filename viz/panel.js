@@ -2,6 +2,8 @@
 import { unpack } from "./route.mjs";
 import { RouteView } from "./view.mjs";
 
+const REMEMBERED_THEME = "lmtt-theme";
+
 export function render({ model }) {
   const root = document.createElement("div");
   root.style.height = "100%";
@@ -12,9 +14,16 @@ export function render({ model }) {
     document.head.append(style);
   }
 
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const remembered = () => { try { return localStorage.getItem(REMEMBERED_THEME); } catch { return null; } };
+  const follow = () => {
+    if (!model.by_hand && !remembered()) model.dark = system.matches;
+  };
   const theme = () => {
     document.documentElement.dataset.theme = model.dark ? "dark" : "light";
     view?.recolour();
+    if (!model.by_hand) return;
+    try { localStorage.setItem(REMEMBERED_THEME, model.dark ? "dark" : "light"); } catch { /* private windows */ }
   };
   const selected = () => {
     if (!view) return;
@@ -57,6 +66,10 @@ export function render({ model }) {
   model.on("threshold", state);
   model.on("position", state);
   model.on("picked", selected);
+  model.on("by_hand", theme);
+  system.addEventListener("change", follow);
+  if (remembered()) model.dark = remembered() === "dark";
+  else follow();
   theme();
   load();
   return root;

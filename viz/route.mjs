@@ -73,20 +73,36 @@ export function reveal(store, position) {
 /** Ids of all edges with a positive reveal, in the order in which a falling threshold adds them. */
 export function inOrder(store, revealed) {
   const { sumPtr } = store;
-  let ids = new Uint32Array(store.size), n = 0;
-  for (let s = sumPtr.length - 2; s >= 0; s--) // depth rising, id rising: what the stable sort keeps on ties
-    for (let e = sumPtr[s]; e < sumPtr[s + 1]; e++) if (revealed[e] > 0) ids[n++] = e;
-  ids = ids.subarray(0, n);
   const bits = new Uint32Array(revealed.buffer, revealed.byteOffset, revealed.length);
-  let other = new Uint32Array(n);
-  for (let shift = 0; shift < 33; shift += 11) { // positive floats sort as their bits do
-    const count = new Uint32Array(2049);
-    for (let i = 0; i < n; i++) count[2048 - ((bits[ids[i]] >>> shift) & 2047)]++;
-    for (let b = 0, sum = 0; b <= 2048; b++) [count[b], sum] = [sum, sum + count[b]];
-    for (let i = 0; i < n; i++) other[count[2048 - ((bits[ids[i]] >>> shift) & 2047)]++] = ids[i];
-    [ids, other] = [other, ids];
+  // Positive floats sort as their bits do. Keys travel with the ids: looked up by id they would be far apart.
+  let ids = new Uint32Array(store.size), keys = new Uint32Array(store.size), n = 0;
+  const counts = [0, 11, 22].map(() => new Uint32Array(2049));
+  for (let s = sumPtr.length - 2; s >= 0; s--) // depth rising, id rising: what the stable sort keeps on ties
+    for (let e = sumPtr[s]; e < sumPtr[s + 1]; e++) {
+      const key = bits[e];
+      if (key === 0) continue;
+      counts[0][2048 - (key & 2047)]++;
+      counts[1][2048 - ((key >>> 11) & 2047)]++;
+      counts[2][2048 - (key >>> 22)]++;
+      keys[n] = key;
+      ids[n++] = e;
+    }
+  let other = new Uint32Array(n), otherKeys = new Uint32Array(n);
+  for (const [pass, count] of counts.entries()) {
+    const shift = 11 * pass;
+    for (let b = 0, sum = 0; b <= 2048; b++) {
+      const here = count[b];
+      count[b] = sum;
+      sum += here;
+    }
+    for (let i = 0; i < n; i++) {
+      const key = keys[i], at = count[2048 - ((key >>> shift) & 2047)]++;
+      other[at] = ids[i];
+      otherKeys[at] = key;
+    }
+    [ids, other, keys, otherKeys] = [other, ids, otherKeys, keys];
   }
-  return ids;
+  return ids.subarray(0, n);
 }
 
 /** How many edges of `order` have a reveal above `threshold`. */
@@ -123,10 +139,17 @@ export class Selection {
 
   /** Positions that the route passes through, rising; always the target's own. */
   positions(threshold) {
-    const on = new Uint8Array(this.store.tokens);
-    on[this.position] = 1;
-    for (const e of this.edges(threshold)) on[this.store.source[e]] = on[this.store.target[e]] = 1;
-    return Array.from(on.keys()).filter((p) => on[p]);
+    const { tokens, nodes } = this.store, tau = Math.fround(threshold);
+    if (!this._highest) { // of the states at each position: an edge's ends are revealed no later than it is
+      this._highest = new Float32Array(tokens);
+      for (let node = 0, p = 0; node < nodes; node++) {
+        if (this.node[node] > this._highest[p]) this._highest[p] = this.node[node];
+        if (++p === tokens) p = 0;
+      }
+    }
+    const found = [];
+    for (let p = 0; p < tokens; p++) if (this._highest[p] > tau) found.push(p);
+    return found;
   }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from lmtt.graph.text import clipped, visible
 from lmtt.trace import Trace
 from lmtt.viz.jobs import Report, Worker
 from lmtt.viz.models import Models
+from lmtt.viz.store import pack
 
 if TYPE_CHECKING:
     from lmtt.engine import Engine
@@ -44,6 +46,11 @@ class Server:
     policy: Policy
     first: Trace | None = None
 
+    @cached_property
+    def opened(self) -> Shown | None:
+        """The run that is shown at first, packed once for everybody."""
+        return None if self.first is None else Shown(self.first)
+
 
 @dataclass(frozen=True, eq=False)
 class Shown:
@@ -51,6 +58,11 @@ class Shown:
 
     trace: Trace
     generation: Generation | None = None
+
+    @cached_property
+    def store(self) -> bytes:
+        """What the browser draws it from; half a second's work for the largest."""
+        return pack(self.trace.data)
 
     @property
     def label(self) -> str:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lmtt.graph.text import token_label
 from lmtt.viz.markup import meter, safe
 
-__all__ = ["safe", "scores", "sentence", "share", "table", "token", "words"]
+if TYPE_CHECKING:
+    from lmtt.trace import Trace
+
+__all__ = ["place", "safe", "scores", "sentence", "share", "table", "token", "words"]
 CLIP = 28
 
 
 def token(text: str, width: int = CLIP) -> str:
     """A token as a monospaced label, clipped."""
     return f'<span class="tok">{safe(token_label(text, width))}</span>'
+
+
+def place(trace: Trace, position: int, width: int = CLIP) -> str:
+    """A token of a run and, small beside it, its position."""
+    return f'{token(trace.tokens[position], width)} <span class="dim">[{int(position)}]</span>'
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:

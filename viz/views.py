@@ -13,7 +13,8 @@ import panel as pn
 from lmtt.graph.text import token_label, visible
 from lmtt.trace import Trace
 from lmtt.viz import figures, tables
-from lmtt.viz.details import NO_MODEL, Ask
+from lmtt.viz.edge_view import NO_MODEL
+from lmtt.viz.panes import Ask, bokeh
 
 if TYPE_CHECKING:
     from lmtt.generate import Generation
@@ -24,11 +25,6 @@ LENS_STEP = 4  # layers to a question, so that others are answered in between
 PARTS = 14
 Html = Callable[[str], Any]
 Pick = Callable[[dict[str, Any]], None]
-
-
-def bokeh(figure: Any) -> Any:
-    """A figure in a pane as wide as there is room."""
-    return pn.pane.Bokeh(figure, sizing_mode="stretch_width")
 
 
 async def lens(
@@ -211,6 +207,8 @@ def cost(trace: Trace, dark: bool, html: Html) -> list[Any]:
     views = [html(tables.table(["", ""], rows, numbers=(1,)))]
     if order:
         names = [f"{name} {seconds[name]:.3f} s" for name in order]
-        plot = figures.bars(names, np.array([seconds[k] for k in order]), dark, title=f"{total:.2f} s in all")
+        plot = figures.Bars(dark, title=f"{total:.2f} s in all").show(
+            names, np.array([seconds[k] for k in order])
+        )
         views.insert(0, bokeh(plot))
     return views
