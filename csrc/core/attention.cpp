@@ -3,7 +3,8 @@
 // 1. Prepare: |whole|_1 and the fixed parts of each row; each pair's rounding margin; k and v as panels.
 // 2. Directions: R[i, h] = sign(whole[i]) W_O[h]^T, for as many rows as fit, by look-up of sums of four.
 // 3. Screen, by blocks of rows: logits q k^T, coefficients c = row_scale * A, g = c * (R v^T). Pairs whose
-//    bound is at most the threshold are done; the others become records.
+//    bound is at most the threshold are done; the others become records. Rows that are going to be too uncertain
+//    are screened again at once, with a lower threshold.
 // 4. Evaluate the records, gathered by head and group of sources: u = v[source] W_O[head] once, then
 //    proximity = max(0, g - 2 * sum of relu(c u sign(y) - |y|)) for each destination.
 // 5. Finish rows: add the exact values, in the order of heads and sources, and divide by the normaliser.
@@ -13,6 +14,8 @@
 #include "core/attention.h"
 
 #include <algorithm>
+#include <numeric>
+#include <utility>
 
 namespace lmtt {
 namespace {
@@ -25,13 +28,19 @@ constexpr int64_t kDirectionRows = 512;  // rows of directions that one thread t
 // a certificate is guessed from one that was tried. Aiming lower than asked saves attempts.
 constexpr int kAttempts = 3;
 constexpr double kAim = 0.7;
+// Before records are evaluated: their exact proximities, as a part of their first-order values, on real activations.
+constexpr double kExactPart = 0.75;
 
 // Rows screened together, and what they leave for the later steps.
 struct Block {
-  int64_t begin, end;               // positions in Pass::rows
+  std::vector<int32_t> at;          // places of its rows in the list of rows that are done at once
+  bool last_word = true;            // its rows' thresholds stand
+  std::vector<int32_t> aside;       // rows that left it, to be screened again with a lower threshold
   std::vector<Record> records;      // by head, then row, then source
   std::vector<int64_t> head_begin;  // [H + 1]
   bool screened = false;
+
+  bool contiguous() const { return at.back() - at.front() + 1 == static_cast<int64_t>(at.size()); }
 };
 
 // Records of one head whose sources make up one block of u.
@@ -59,9 +68,16 @@ class Pass {
 
  private:
   void prepare();
-  void do_rows(const std::vector<int32_t>& rows);
+  void do_rows(const std::vector<int32_t>& rows, bool may_be_doubtful = false);
   void directions(const int32_t* rows, int64_t count);
+  std::vector<Block> in_blocks(const std::vector<int32_t>& at, int64_t rows_each, bool last_word) const;
   bool screen(Block& block, const int32_t* rows, Scratch& scratch);
+  void lower_threshold(int64_t i, double certificate) {
+    const double aim = kAim * in.max_certificate / certificate;
+    threshold[i] = static_cast<float>(threshold[i] * aim * aim);
+    lowered[i] = 1;
+  }
+  void set_doubtful_aside(Block& block, const int32_t* rows);
   void evaluate(const std::vector<Block*>& blocks);
   void evaluate(const SourceGroup& group, Scratch& scratch);
   void finish(const Block& block, const int32_t* rows, Scratch& scratch);
@@ -80,8 +96,11 @@ class Pass {
   bool packed;                              // all of k, v and W_O as panels, or head by head where they are used
   std::vector<float> threshold;             // [T]: pairs with a larger bound are evaluated
   std::vector<float> listed;                // [T]: pairs with a larger g may have a share above `keep`
+  std::vector<char> doubtful;               // [T]: rows that leave their block
+  std::vector<char> lowered;                // [T]: rows with a lower threshold than was asked for
   std::vector<PartsRow> parts;              // [T]
   std::vector<double> uncertain, signed_sum, absolute;  // [T], as ScreenSums
+  std::vector<double> expected;             // [T]: the normaliser, before records are evaluated
   std::vector<int64_t> positive, evaluated;             // [T]
   Buffer<double> head_sums;                 // [T, H]
   Buffer<float> margin;                     // [H, width]: rounding error of R v^T at most
@@ -100,7 +119,7 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
   block_rows = T <= 512 || T > 4096 ? 12 : 24;  // few at small T for balance, few at large T for cache
   record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Record*));
   packed = (in.H_kv * width * (E + E_v) + H * E_v * width_of_D) * int64_t(sizeof(float)) <= in.workspace / 4;
-  threshold.resize(T), listed.resize(T), parts.resize(T), uncertain.resize(T), signed_sum.resize(T), absolute.resize(T);
+  threshold.resize(T), listed.resize(T), doubtful.resize(T), lowered.resize(T), parts.resize(T), uncertain.resize(T), expected.resize(T), signed_sum.resize(T), absolute.resize(T);
   positive.resize(T), evaluated.resize(T);
   if (in.keep_pairs) kept.resize(T);
   head_sums = Buffer<double>(T * H);
@@ -137,25 +156,25 @@ void Pass::run() {
   out.stages.screening += watch.lap();
   std::vector<int32_t> rows;
   for (int64_t i = T - 1; i >= 0; --i) rows.push_back(static_cast<int32_t>(i));  // the longest first: better balance
-  do_rows(rows);
+  do_rows(rows, in.screen > 0 && in.max_certificate < 1);
   for (int64_t i = 0; i < T; ++i) out.positive += positive[i], out.evaluated += evaluated[i];
 
-  // Rows that screening leaves too uncertain, again with a lower threshold; those that still are, at last without one.
+  // Rows that are too uncertain all the same, again with a lower threshold; those that still are, at last without one.
   for (int attempt = 1; in.screen > 0 && attempt <= kAttempts; ++attempt) {
-    std::vector<int32_t> doubtful;
+    std::vector<int32_t> again;
     for (const int32_t i : rows) {
       if (!(out.certificate[i] > in.max_certificate)) continue;
-      doubtful.push_back(i);
-      const double aim = kAim * in.max_certificate / out.certificate[i];
-      threshold[i] = attempt == kAttempts ? 0.0f : static_cast<float>(threshold[i] * aim * aim);
+      again.push_back(i);
+      lower_threshold(i, out.certificate[i]);
+      if (attempt == kAttempts) threshold[i] = 0;
     }
-    if (doubtful.empty()) break;
+    if (again.empty()) break;
     // finish() turned the fixed parts' proximities into shares where they stand
-    for (const int32_t i : doubtful) parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
-    do_rows(doubtful);
-    for (const int32_t i : doubtful) out.evaluated += evaluated[i];
-    if (attempt == 1) out.reevaluated = static_cast<int64_t>(doubtful.size());
+    for (const int32_t i : again) parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
+    do_rows(again);
+    for (const int32_t i : again) out.evaluated += evaluated[i];
   }
+  for (int64_t i = 0; i < T; ++i) out.reevaluated += lowered[i];
   for (const KeptRow& row : kept) {
     out.kept_edges.insert(out.kept_edges.end(), row.edges.begin(), row.edges.end());
     out.kept.insert(out.kept.end(), row.pairs.begin(), row.pairs.end());
@@ -201,7 +220,7 @@ void Pass::prepare() {
   });
 }
 
-void Pass::do_rows(const std::vector<int32_t>& rows) {
+void Pass::do_rows(const std::vector<int32_t>& rows, bool may_be_doubtful) {
   const int64_t all = static_cast<int64_t>(rows.size());
   const int64_t fit = in.workspace / 4 / (H * E_v * int64_t(sizeof(float)));
   const int64_t at_once = std::min(all, std::max(block_rows, fit));
@@ -212,41 +231,61 @@ void Pass::do_rows(const std::vector<int32_t>& rows) {
     Stopwatch watch;
     directions(these, count);
 
-    std::vector<Block> blocks;
-    for (int64_t r = 0; r < count; r += block_rows) {
-      blocks.emplace_back();
-      blocks.back().begin = r, blocks.back().end = std::min(count, r + block_rows);
-    }
+    std::vector<int32_t> at(count);
+    std::iota(at.begin(), at.end(), 0);
+    std::vector<Block> blocks = in_blocks(at, block_rows, !may_be_doubtful);
     while (!blocks.empty()) {
       std::atomic<int64_t> recorded{0};
-      parallel_for(in.threads, blocks.size(), [&](int64_t b, int thread) {
-        if (recorded > record_budget) return;
-        blocks[b].screened = screen(blocks[b], these, scratch[thread]);
-        recorded += blocks[b].records.size();
-      });
-      std::vector<Block*> ready;
-      for (Block& b : blocks) {
-        if (b.screened) ready.push_back(&b);
-      }
+      const auto screen_some = [&](std::vector<Block>& some) {
+        parallel_for(in.threads, some.size(), [&](int64_t b, int thread) {
+          if (recorded > record_budget) return;
+          some[b].screened = screen(some[b], these, scratch[thread]);
+          recorded += some[b].records.size();
+        });
+      };
+      screen_some(blocks);
+      std::vector<int32_t> aside;
+      for (const Block& b : blocks) aside.insert(aside.end(), b.aside.begin(), b.aside.end());
+      std::vector<Block> second = in_blocks(aside, block_rows, true);
+      screen_some(second);
       out.stages.screening += watch.lap();
+
+      std::vector<Block*> ready;
+      for (std::vector<Block>* some : {&blocks, &second}) {
+        for (Block& b : *some) {
+          if (b.screened) ready.push_back(&b);
+        }
+      }
       evaluate(ready);
       out.stages.evaluation += watch.lap();
-      parallel_for(in.threads, ready.size(), [&](int64_t b, int thread) { finish(*ready[b], these, scratch[thread]); });
+      parallel_for(in.threads, ready.size(),
+                   [&](int64_t b, int thread) { finish(*ready[b], these, scratch[thread]); });
       out.stages.reduction += watch.lap();
 
       std::vector<Block> rest;
-      for (Block& b : blocks) {
-        if (b.screened) continue;
-        // A block that has records of its own was too large for them and is halved, the others had no turn.
-        const int64_t rows_each = b.head_begin.empty() ? b.end - b.begin : (b.end - b.begin + 1) / 2;
-        for (int64_t r = b.begin; r < b.end; r += rows_each) {
-          rest.emplace_back();
-          rest.back().begin = r, rest.back().end = std::min(b.end, r + rows_each);
+      for (std::vector<Block>* some : {&blocks, &second}) {
+        for (Block& b : *some) {
+          if (b.screened) continue;
+          // A block that has records of its own was too large for them and is halved, the others had no turn.
+          const int64_t size = static_cast<int64_t>(b.at.size());
+          for (Block& part : in_blocks(b.at, b.head_begin.empty() ? size : (size + 1) / 2, b.last_word)) {
+            rest.push_back(std::move(part));
+          }
         }
       }
       blocks.swap(rest);
     }
   }
+}
+
+std::vector<Block> Pass::in_blocks(const std::vector<int32_t>& at, int64_t rows_each, bool last_word) const {
+  std::vector<Block> blocks;
+  for (int64_t r = 0; r < int64_t(at.size()); r += rows_each) {
+    blocks.emplace_back();
+    blocks.back().at.assign(at.begin() + r, at.begin() + std::min<int64_t>(at.size(), r + rows_each));
+    blocks.back().last_word = last_word;
+  }
+  return blocks;
 }
 
 // Step 2: fills direction[0..count) for these rows.
@@ -285,10 +324,10 @@ void Pass::directions(const int32_t* rows, int64_t count) {
 
 // Step 3. False if the block's records outgrew their share of the workspace; they are dropped then.
 bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
-  const int64_t count = block.end - block.begin;
+  const int64_t count = static_cast<int64_t>(block.at.size());
   int64_t first = T, last = 0;
-  for (int64_t r = block.begin; r < block.end; ++r) {
-    const int64_t i = rows[r];
+  for (const int32_t n : block.at) {
+    const int64_t i = rows[n];
     first = std::min(first, std::max<int64_t>(0, i - in.window + 1));
     last = std::max(last, i);
     std::fill(out.edges + i * T, out.edges + (i + 1) * T, 0.0f);
@@ -311,7 +350,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
     }
 
     for (int64_t r = 0; r < count; ++r) {
-      const float* q = in.q + (h * T + rows[block.begin + r]) * E;
+      const float* q = in.q + (h * T + rows[block.at[r]]) * E;
       std::copy(q, q + E, s.q + r * E);
     }
     for (int64_t p = p0; p < p1; ++p) {
@@ -319,7 +358,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
     }
 
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t i = rows[block.begin + r];
+      const int64_t i = rows[block.at[r]];
       AttentionRow row;
       row.first = std::max<int64_t>(0, i - in.window + 1), row.last = i;
       row.begin = row.first / kPanel * kPanel, row.end = padded(i + 1);
@@ -333,12 +372,13 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       kernel.attend(row, s.logits + r * width);
     }
 
-    const float* towards = direction + (block.begin * H + h) * E_v;
+    const float* towards = direction + (int64_t(block.at[0]) * H + h) * E_v;
     int64_t stride = H * E_v;
-    if (in.gate) {
+    if (in.gate || !block.contiguous()) {
       for (int64_t r = 0; r < count; ++r) {
-        const float* gate = in.gate + (rows[block.begin + r] * H + h) * E_v;
-        for (int64_t e = 0; e < E_v; ++e) s.q[r * E_v + e] = gate[e] * towards[r * stride + e];
+        const float* from = direction + (int64_t(block.at[r]) * H + h) * E_v;
+        const float* gate = in.gate ? in.gate + (rows[block.at[r]] * H + h) * E_v : nullptr;
+        for (int64_t e = 0; e < E_v; ++e) s.q[r * E_v + e] = gate ? gate[e] * from[e] : from[e];
       }
       towards = s.q.get(), stride = E_v;
     }
@@ -347,7 +387,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
     }
 
     for (int64_t r = 0; r < count; ++r) {
-      const int32_t i = rows[block.begin + r];
+      const int32_t i = rows[block.at[r]];
       const int64_t begin = std::max<int64_t>(0, i - in.window + 1) / kPanel * kPanel;
       float largest_gate = 1;
       if (in.gate) {
@@ -370,8 +410,43 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       return false;
     }
   }
+  if (!block.last_word) set_doubtful_aside(block, rows);
   return true;
 }
+
+// Lowers the thresholds of rows whose certificate is going to be too large, and drops their records.
+void Pass::set_doubtful_aside(Block& block, const int32_t* rows) {
+  for (const int32_t n : block.at) {
+    const int64_t i = rows[n];
+    expected[i] = parts[i].fixed;
+    for (int64_t h = 0; h < H; ++h) expected[i] += head_sums[i * H + h];
+  }
+  for (const Record& record : block.records) {
+    if (record.coefficient != 0 && record.value > 0) expected[record.row] += kExactPart * record.value;
+  }
+  bool any = false;
+  for (const int32_t n : block.at) {
+    const int64_t i = rows[n];
+    const double guess = certificate(uncertain[i], expected[i]);
+    doubtful[i] = guess > in.max_certificate;
+    if (doubtful[i]) lower_threshold(i, guess), any = true;
+  }
+  if (!any) return;
+  int64_t left = 0, end = 0;
+  for (int64_t h = 0; h < H; ++h) {
+    const int64_t begin = std::exchange(end, block.head_begin[h + 1]);
+    for (int64_t n = begin; n < end; ++n) {
+      if (!doubtful[block.records[n].row]) block.records[left++] = block.records[n];
+    }
+    block.head_begin[h + 1] = left;
+  }
+  block.records.resize(left);
+  const auto stays = [&](int32_t n) { return !doubtful[rows[n]]; };
+  const auto leaving = std::stable_partition(block.at.begin(), block.at.end(), stays);
+  block.aside.assign(leaving, block.at.end());
+  block.at.erase(leaving, block.at.end());
+}
+
 
 // Step 4: replaces the value of every record by its exact proximity.
 void Pass::evaluate(const std::vector<Block*>& blocks) {
@@ -471,8 +546,8 @@ void Pass::finish(const Block& block, const int32_t* rows, Scratch& s) {
       head_sums[record.row * H + h] += record.value;
     }
   }
-  for (int64_t r = block.begin; r < block.end; ++r) {
-    const int64_t i = rows[r];
+  for (const int32_t n : block.at) {
+    const int64_t i = rows[n];
     double normaliser = parts[i].fixed;
     for (int64_t h = 0; h < H; ++h) normaliser += head_sums[i * H + h];
     const double inverse = normaliser == 0 ? 0 : 1 / normaliser;
@@ -491,8 +566,8 @@ void Pass::finish(const Block& block, const int32_t* rows, Scratch& s) {
 void Pass::keep(const Block& block, const int32_t* rows, Scratch& s) {
   std::vector<int64_t> next(block.head_begin.begin(), block.head_begin.end() - 1);
   std::vector<int64_t> place;
-  for (int64_t r = block.begin; r < block.end; ++r) {
-    const int32_t i = rows[r];
+  for (const int32_t at : block.at) {
+    const int32_t i = rows[at];
     KeptRow& row = kept[i];
     row.edges.clear(), row.pairs.clear();
     const float* edges = out.edges + int64_t(i) * T;

@@ -23,7 +23,7 @@ struct AttentionInput {
   const float *alibi, *lse, *row_scale, *gate;
   Parts parts;
   double screen;
-  double max_certificate;   // rows that screening leaves less certain are evaluated again without it
+  double max_certificate;   // rows that screening leaves less certain are screened again, less or not at all
   bool keep_pairs;
   float keep;
   int64_t workspace;        // bytes

@@ -31,11 +31,15 @@ def same_bits(a: AttentionResult | NeuronResult, b: AttentionResult | NeuronResu
 
 
 @pytest.mark.parametrize("features", ["plain", "window+sinks+softcap+bias+others", "gate+row_scale"])
-@pytest.mark.parametrize("screen", [0.0, 1e-3])
-def test_attention(features: str, screen: float, make_attention_task: Callable[..., AttentionTask]) -> None:
-    task = replace(make_attention_task(features, tokens=203), screen=screen, keep=1e-3)
+@pytest.mark.parametrize(("screen", "certificate"), [(0.0, 1.0), (1e-3, 1.0), (3e-2, 0.02)])
+def test_attention(
+    features: str, screen: float, certificate: float, make_attention_task: Callable[..., AttentionTask]
+) -> None:
+    task = make_attention_task(features, tokens=203)
+    task = replace(task, screen=screen, max_certificate=certificate, keep=1e-3)
     torch.set_num_threads(1)
     want = cpp_backend.attention_contributions(task)
+    assert (want.reevaluated > 0) == (certificate < 1), "rows that are screened twice are among them"
     for threads in (2, 3):
         torch.set_num_threads(threads)
         same_bits(cpp_backend.attention_contributions(task), want)
