@@ -23,6 +23,8 @@ class Dims:
     parameters: int  # of the whole model, tied ones once
     layer_parameters: int  # of the mean layer
     active: int  # of the mean layer; a mixture of experts uses some of its own
+    packed: int  # of the mean layer, in experts that are read only where a token is routed to them
+    used: float  # share of the experts that one token is routed to; 1 without any
     d_value: int  # width of a head's value
     kinds: int  # distinct layers, each discovered once
     dtype: str
@@ -51,6 +53,8 @@ def dims_of(model: Any, dtype: torch.dtype) -> Dims:
         parameters=sum(p.numel() for p in model.parameters()),
         layer_parameters=sum(p.numel() for p in layers.parameters()) // len(layers),
         active=sum(_active(layer, config) for layer in layers) // len(layers),
+        packed=sum(_packed(layer) for layer in layers) // len(layers),
+        used=_used(layers, config),
         d_value=int(getattr(config, "v_head_dim", None) or shapes.d_head),
         kinds=len({_kind(layer) for layer in layers}),
         dtype=str(dtype).removeprefix("torch."),
@@ -62,7 +66,8 @@ def weights_of(model: Any, dtype: torch.dtype, stored: float) -> Weights:
     _, layers = find_layers(model)
     size = dtype.itemsize
     counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    packed = [sum(p.numel() for p in layer.parameters() if p.dim() == PACKED) for layer in layers]
+    packed = [_packed(layer) for layer in layers]
+    ahead = [count - pack for count, pack in zip(counts, packed, strict=True)]  # experts come when routed to
     vocabulary = {id(m.weight): m.weight.numel() for m in _vocabulary(model)}
     everything = sum(p.numel() for p in model.parameters())
     # Raw bytes serve as they are where they need no cast and no packing.
@@ -70,11 +75,11 @@ def weights_of(model: Any, dtype: torch.dtype, stored: float) -> Weights:
     return Weights(
         all=everything * size,
         rest=(everything - sum(counts) - sum(vocabulary.values())) * size,
-        raw_layer=int(max(counts) * stored),
+        raw_layer=int(max(ahead) * stored),
         decoded_layer=max(
             c * size + int((1 + PACKING) * p * size) for c, p in zip(cast, packed, strict=True)
         ),
-        raw_total=int(sum(counts) * stored),
+        raw_total=int(sum(ahead) * stored),
     )
 
 
@@ -92,6 +97,16 @@ def check_tokens(config: Any, tokens: int) -> None:
         raise InputError(
             "the prompt is too long for the model", expected=f"at most {limit} tokens", got=tokens
         )
+
+
+def _packed(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters() if p.dim() == PACKED)
+
+
+def _used(layers: nn.ModuleList, config: Any) -> float:
+    chosen = int(getattr(config, "num_experts_per_tok", 0) or 0)
+    experts = max((p.shape[0] for p in layers.parameters() if p.dim() == PACKED), default=0)
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
 def _active(layer: nn.Module, config: Any) -> int:

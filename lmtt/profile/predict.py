@@ -60,7 +60,7 @@ def predict(
     survivors : of one layer of one prompt; None: what `work` expects for each length.
     first : it is the model's first, so that structure is discovered and every sublayer proved.
     """
-    layers, count = dims.shapes.layers, len(tokens)
+    layers = dims.shapes.layers
     total: dict[str, Work] = {}
     calls: dict[str, int] = {}
 
@@ -70,7 +70,9 @@ def predict(
 
     streaming = Streaming()
     if not plan.resident:
-        streaming = Streaming(weights.raw_total / layers, weights.decoded_layer)
+        streaming = Streaming(
+            weights.raw_total / layers + routed_bytes(dims, weights, tokens), weights.decoded_layer
+        )
     for number, length in enumerate(tokens):
         left = Survivors.expected(dims, length) if survivors is None else survivors
         # Weights are read and decoded once for all prompts; sublayers are proved for each of a first pass.
@@ -92,11 +94,20 @@ def predict(
         waiting = max(reading / layers, reading - computing * (layers - 1) / layers)
         phases["read"] = Estimate(waiting, total["read"], "disk")
     needed = {name: one for name, one in phases.items() if plan.resident is False or name not in STREAMED}
-    assert count > 0
+
     return Prediction(needed, reading)
 
 
 STREAMED = ("read", "decode")
+
+
+def routed_bytes(dims: Dims, weights: Weights, tokens: Sequence[int]) -> float:
+    """Bytes of a layer's experts that some token is routed to, if every expert is as likely as any other."""
+    rest = dims.layer_parameters - dims.packed
+    if dims.packed == 0 or rest == 0:
+        return 0.0
+    stored = weights.raw_total / dims.shapes.layers / rest  # of a parameter
+    return float(dims.packed * stored * (1 - (1 - dims.used) ** sum(tokens)))
 
 
 def estimate(phase: str, work: Work, calls: int, ceilings: Ceilings) -> Estimate:
