@@ -39,7 +39,7 @@ class Pass {
     const float over = kernel.overshoot(in.w_down + n * D, largest + n * blocks, in.parts.whole + i * D,
                                         smallest + i * blocks, coefficient, D);
     const float value = g - 2 * over;
-    return value < 0 ? 0 : value;
+    return value < 0 ? 0 : std::fabs(value);  // NaN without a sign: the sign bit marks first-order values
   }
   float scale(int64_t i) const { return in.row_scale ? in.row_scale[i] : 1; }
 
@@ -171,11 +171,30 @@ void Pass::finish(int64_t i, Scratch& s) {
     positive[i] += part.positive, evaluated[i] += part.evaluated;
   }
 
-  // `best` is a heap of the k largest exact values with the worst on top; `open` holds bounds, the largest on top
-  s.best.clear(), s.open.clear();
+  // The k largest exact values, collected with some to spare; then a heap with the worst on top.
+  const std::size_t k = static_cast<std::size_t>(in.k);
+  constexpr int64_t kSome = 64;
+  s.best.clear();
+  const auto shrink = [&] {
+    if (s.best.size() < k) return -INFINITY;
+    std::nth_element(s.best.begin(), s.best.begin() + in.k - 1, s.best.end(), before);
+    s.best.resize(k);
+    return s.best[k - 1].first;
+  };
+  float least = -INFINITY;
+  for (int64_t n = 0; n < F; n += kSome) {
+    for (uint64_t set = kernel.exact_above(std::min(kSome, F - n), row + n, least); set; set &= set - 1) {
+      const int64_t m = n + __builtin_ctzll(set);
+      s.best.emplace_back(rank(row[m]), static_cast<int32_t>(m));
+    }
+    if (s.best.size() >= k + kSome) least = shrink();
+  }
+  shrink();
+  std::make_heap(s.best.begin(), s.best.end(), before);
+  const auto worst = [&] { return s.best.size() == k ? s.best.front().first : -INFINITY; };
   const auto offer = [&](float value, int64_t n) {
     const std::pair<float, int32_t> entry{rank(value), static_cast<int32_t>(n)};
-    if (int64_t(s.best.size()) == in.k) {
+    if (s.best.size() == k) {
       if (!before(entry, s.best.front())) return;
       std::pop_heap(s.best.begin(), s.best.end(), before);
       s.best.pop_back();
@@ -183,33 +202,29 @@ void Pass::finish(int64_t i, Scratch& s) {
     s.best.push_back(entry);
     std::push_heap(s.best.begin(), s.best.end(), before);
   };
-  constexpr int64_t kSome = 64;
-  for (int64_t n = 0; n < F; n += kSome) {
-    const float least = int64_t(s.best.size()) == in.k ? s.best.front().first : -INFINITY;
-    for (uint64_t set = kernel.exact_above(std::min(kSome, F - n), row + n, least); set; set &= set - 1) {
-      offer(row[n + __builtin_ctzll(set)], n + __builtin_ctzll(set));
-    }
-  }
-  const auto below_best = [&](float bound) {
-    return int64_t(s.best.size()) == in.k && bound < s.best.front().first;
-  };
+
+  // Neurons with first-order values, by falling bound; a part of the bounds at a time, for most are far below.
   const auto smaller_bound = [&](const auto& a, const auto& b) { return before(b, a); };
-  const float least = int64_t(s.best.size()) == in.k ? s.best.front().first : -INFINITY;
-  for (int64_t n = 0; n < F; n += kSome) {
-    const int64_t some = std::min(kSome, F - n);
-    for (uint64_t set = kernel.open_from(some, row + n, act + n, scale(i), margin + n, least); set; set &= set - 1) {
-      const int64_t m = n + __builtin_ctzll(set);
-      s.open.emplace_back(rank(std::fabs(coefficient(m)) * margin[m] - row[m]), static_cast<int32_t>(m));
+  for (const float part : {0.25f, 0.0625f, 0.0f}) {
+    const float floor = part > 0 ? std::max(worst(), threshold[i] * part) : worst();
+    s.open.clear();
+    for (int64_t n = 0; n < F; n += kSome) {
+      const int64_t some = std::min(kSome, F - n);
+      for (uint64_t set = kernel.open_from(some, row + n, act + n, scale(i), margin + n, floor); set; set &= set - 1) {
+        const int64_t m = n + __builtin_ctzll(set);
+        s.open.emplace_back(rank(std::fabs(coefficient(m)) * margin[m] - row[m]), static_cast<int32_t>(m));
+      }
     }
-  }
-  std::make_heap(s.open.begin(), s.open.end(), smaller_bound);
-  while (!s.open.empty() && !below_best(s.open.front().first)) {
-    const int64_t n = s.open.front().second;
-    std::pop_heap(s.open.begin(), s.open.end(), smaller_bound);
-    s.open.pop_back();
-    row[n] = exact(i, n, coefficient(n), -row[n]);
-    ++evaluated[i];
-    offer(row[n], n);
+    std::make_heap(s.open.begin(), s.open.end(), smaller_bound);
+    while (!s.open.empty() && !(s.open.front().first < worst())) {
+      const int64_t n = s.open.front().second;
+      std::pop_heap(s.open.begin(), s.open.end(), smaller_bound);
+      s.open.pop_back();
+      row[n] = exact(i, n, coefficient(n), -row[n]);
+      ++evaluated[i];
+      offer(row[n], n);
+    }
+    if (worst() >= floor && floor > -INFINITY) break;  // all other bounds are below `floor`
   }
 
   double total, uncertain;
