@@ -160,6 +160,8 @@ def _show_parser(commands: Any) -> None:
 
 
 def _serve_parser(commands: Any) -> None:
+    from lmtt.viz.login import add_options as add_login_options
+
     parser = commands.add_parser("serve", help="the dashboard, for browsers on this machine")
     parser.add_argument(
         "target", nargs="?", metavar="MODEL|RUN", help="what to trace with, or a stored run [the demo model]"
@@ -186,6 +188,7 @@ def _serve_parser(commands: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
     parser.add_argument("--debug", action="store_true", help="show a traceback with errors")
+    add_login_options(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -318,6 +321,7 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from lmtt.viz.login import oauth_of
     from lmtt.viz.serve import Settings, serve
 
     serve(
@@ -332,6 +336,7 @@ def _serve(options: argparse.Namespace) -> None:
             options.max_queue,
             options.device,
             options.dtype,
+            oauth_of(options),
         )
     )
 

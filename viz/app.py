@@ -172,6 +172,9 @@ class Dashboard:
         self.lens_shade = pmui.RadioButtonGroup(
             options=["top token", "rank", "entropy"], value="top token", size="small", sx=_CHOICE
         )
+        self.chosen = pmui.TextInput(
+            label="rank of token", placeholder="what it says (a space in front counts)", size="small", **WIDE
+        )
         self.target = pmui.TextInput(label="target token", placeholder="predicted", size="small", **WIDE)
         self.foil = pmui.TextInput(label="minus foil", placeholder="none", size="small", **WIDE)
         self.per = pmui.RadioButtonGroup(
@@ -181,7 +184,7 @@ class Dashboard:
         self.files = self._downloads()
         columns: dict[str, Any] = {
             "Details": self.details.pane,
-            "Lens": pn.Column(self.lens_shade, self.bodies["Lens"], **WIDE),
+            "Lens": pn.Column(self.lens_shade, self.chosen, self.bodies["Lens"], **WIDE),
             "Contrast": pn.Column(pn.Row(self.target, self.foil, **WIDE), self.bodies["Contrast"], **WIDE),
             "Heads": pn.Column(self.per, self.bodies["Heads"], **WIDE),
             "Output": self.bodies["Output"],
@@ -249,7 +252,7 @@ class Dashboard:
             return
         body, start, dark = self.bodies[name], state.start, state.dark
         depends = {
-            "Lens": (start, self.lens_shade.value),
+            "Lens": (start, self.lens_shade.value, self.chosen.value),
             "Contrast": (start, self.target.value, self.foil.value),
             "Heads": (start, self.per.value, state.threshold),
             "Output": (),
@@ -274,7 +277,8 @@ class Dashboard:
     async def _tab(self, name: str, trace: Trace, start: int, dark: bool) -> list[Any]:
         match name:
             case "Lens":
-                return await views.lens(trace, start, self.lens_shade.value, dark, self.ask, html, self.pick)
+                shade, chosen = self.lens_shade.value, self.chosen.value or ""
+                return await views.lens(trace, start, shade, chosen, dark, self.ask, html, self.pick)
             case "Contrast":
                 target, foil = self.target.value or "", self.foil.value or ""
                 return await views.contrast(trace, start, target, foil, dark, self.ask, html)
@@ -309,7 +313,7 @@ class Dashboard:
         state.param.watch(self._picked, ["picked", "shown", "dark"])
         state.param.watch(self.refresh, ["shown", "position", "threshold", "dark"])
         self.tabs.param.watch(self.refresh, "active")
-        for widget in (self.lens_shade, self.target, self.foil, self.per):
+        for widget in (self.lens_shade, self.chosen, self.target, self.foil, self.per):
             widget.param.watch(self.refresh, "value")
 
     def _shown(self, event: Any) -> None:

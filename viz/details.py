@@ -23,6 +23,7 @@ from lmtt.viz.edge_view import NO_MODEL, EdgeView
 from lmtt.viz.markup import safe
 from lmtt.viz.panes import WIDE, Ask, html
 from lmtt.viz.token_view import TokenView
+from lmtt.viz.views import parts_as_one
 
 T = TypeVar("T")
 V = TypeVar("V", EdgeView, TokenView)
@@ -30,6 +31,7 @@ V = TypeVar("V", EdgeView, TokenView)
 NEURONS = 8  # of an MLP
 LISTED = 10  # tokens of a lens
 QUICK = ("attention", "token")  # answered before a sign of work could be seen
+AS_ONE = "A sublayer that was not taken apart: it enters the route as one part."
 HINT = (
     "Click something in the graph: an attention edge for its heads, a square for its neurons, "
     "a node for what the model would say there, a token for what it received and gave."
@@ -51,7 +53,8 @@ class Details:
         self._latest += 1
         mine = self._latest
         if trace is None or not picked:
-            self.pane[:] = [html(tables.sentence(HINT))]
+            whole = "" if trace is None else parts_as_one(trace)
+            self.pane[:] = [html(tables.sentence(HINT) + whole)]
             return
         views = {
             "attention": self._attention, "mlp": self._mlp, "node": self._node,

@@ -187,6 +187,22 @@ export function headsOf(store, e) {
   return found.sort((a, b) => b[1] - a[1]);
 }
 
+/** [{neuron, contribution}, ...] of an MLP edge, strongest first; the store has those of strong MLPs only. */
+export function neuronsOf(store, e) {
+  const { neuronRow, neuron, neuronShare } = store, row = store.layer[e] * store.tokens + store.target[e], found = [];
+  let low = 0, high = neuronRow.length; // neuronRow rises
+  while (low < high) {
+    const middle = (low + high) >>> 1;
+    if (neuronRow[middle] < row) low = middle + 1;
+    else high = middle;
+  }
+  if (neuronRow[low] !== row) return found;
+  const each = neuron.length / neuronRow.length;
+  for (let i = each * low; i < each * (low + 1); i++)
+    if (neuronShare[i] > 0) found.push({ neuron: neuron[i], contribution: neuronShare[i] });
+  return found;
+}
+
 /** One row for each edge of a route, as `Route.to_csv` names them, for a download from the page. */
 export function edgeTable(store, selection, threshold) {
   const kinds = ["attention", "residual", "mlp", "opaque"];

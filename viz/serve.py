@@ -1,8 +1,8 @@
 """`lmtt serve`: who may connect, to what, and the server itself.
 
-1. Without `--host` only this machine can connect. Any other address needs a password and the origins that
-   pages may come from; files of this machine can then not be named from a browser, and nothing that a browser
-   says is ever a model to load: models are those that the command line lists.
+1. Without `--host` only this machine can connect. Any other address needs a password or OAuth (`login.py`)
+   and the origins that pages may come from; files of this machine can then not be named from a browser, and
+   nothing that a browser says is ever a model to load: models are those that the command line lists.
 2. Every session has a `Dashboard` of its own; all share one `Worker`, hence one queue for the device.
 3. Scripts and styles come from this server alone.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import secrets
 import socket
 import sys
 import uuid
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmtt.errors import InputError, LmttError
+from lmtt.viz.login import OAuth, server_options
 
 if TYPE_CHECKING:
     from lmtt.viz.jobs import Worker
@@ -44,6 +44,7 @@ class Settings:
     max_waiting: int = 8
     device: str = "auto"
     dtype: str = "auto"
+    oauth: OAuth | None = None
 
     @property
     def loopback(self) -> bool:
@@ -65,17 +66,18 @@ class Settings:
             )
         if self.password is not None and len(self.password) < SHORTEST_PASSWORD:
             raise InputError("the password is too short", expected=f"at least {SHORTEST_PASSWORD} characters")
-        if self.password is not None and Path(self.password).exists():
-            # Panel would take the file's content for a list of users.
-            raise InputError("the password is the name of a file here", remedy="choose another")
+        if self.password is not None and self.oauth is not None:
+            raise InputError("both a password and OAuth are set", expected="one of them")
+        if self.oauth is not None:
+            self.oauth.check()
         if any("*" in origin or "/" in origin for origin in self.origins):
             raise InputError("an origin is HOST or HOST:PORT, without wildcards", got=" ".join(self.origins))
         if self.loopback:
             return
-        if self.password is None:
+        if self.password is None and self.oauth is None:
             raise InputError(
                 f"serving on {self.host} lets other machines in, and no password is set",
-                remedy="set LMTT_PASSWORD or --password, or leave --host out and use an ssh tunnel",
+                remedy="set LMTT_PASSWORD or --oauth-provider, or leave --host out and use an ssh tunnel",
             )
         if not self.origins:
             raise InputError(
@@ -126,18 +128,12 @@ def listen(settings: Settings, shared: Server) -> Any:
         dashboard.join()
         return dashboard.page
 
-    options: dict[str, Any] = {}
-    if settings.password is not None:
-        options = {
-            "basic_auth": settings.password,
-            "cookie_secret": secrets.token_hex(32),  # new at every start: old sessions end with the server
-            "login_template": str(Path(__file__).with_name("login.html")),
-        }
     port = settings.port or _free_port(settings.host)  # origins name the port, so it is known first
     try:
         server = pn.io.server.get_server(
             {"/": session}, port=port, address=settings.host, title="lmtt",
-            websocket_origin=settings.allowed(port), keep_alive_milliseconds=20_000, **options,
+            websocket_origin=settings.allowed(port), keep_alive_milliseconds=20_000,
+            **server_options(settings.password, settings.oauth),
         )  # fmt: skip
     except OSError as error:
         raise InputError(
@@ -197,5 +193,5 @@ def _announce(settings: Settings, address: str) -> None:
     if settings.loopback and os.environ.get("SSH_CONNECTION"):
         port = address.rstrip("/").rsplit(":", 1)[1]
         print(f"from your own machine: ssh -L {port}:{LOOPBACK}:{port} THIS_MACHINE", file=sys.stderr)
-    if settings.password is not None and not settings.loopback:
-        print("the password travels unencrypted unless a proxy with TLS is in front", file=sys.stderr)
+    if not settings.loopback:
+        print("what people type travels unencrypted unless a proxy with TLS is in front", file=sys.stderr)

@@ -3,7 +3,7 @@
 // The same view is in the exported page and in the dashboard; nothing of it waits for a server. Prompt text
 // reaches the document by textContent and the canvas only.
 
-import { ATTENTION, edgeTable, ends, headsOf, MLP, OPAQUE, nodeName, Selection, SLOTS } from "./route.mjs";
+import { ATTENTION, edgeTable, ends, headsOf, MLP, neuronsOf, OPAQUE, nodeName, Selection, SLOTS } from "./route.mjs";
 import { columnsOf, frameOf, Scene } from "./scene.mjs";
 import { SvgContext } from "./svg.mjs";
 
@@ -272,18 +272,10 @@ export class RouteView {
       if (heads.length) lines.push(`heads ${heads.join(",  ")}`);
     }
     if (kind === MLP) {
-      const neurons = this._neurons(store.layer[e] * store.tokens + store.target[e]);
+      const neurons = neuronsOf(store, e).map(({ neuron, contribution }) => `${neuron}: ${contribution.toFixed(4)}`);
       if (neurons.length) lines.push(`neurons ${neurons.join(",  ")}`);
     }
     return lines;
-  }
-
-  _neurons(row) {
-    const { neuronRow, neuron, neuronShare } = this.store, at = neuronRow.indexOf(row), found = [];
-    if (at >= 0)
-      for (let i = 4 * at; i < 4 * at + 4; i++)
-        if (neuronShare[i] > 0) found.push(`${neuron[i]}: ${neuronShare[i].toFixed(4)}`);
-    return found;
   }
 
   _badge() {
@@ -356,7 +348,7 @@ export class RouteView {
     button("SVG", "Save the picture as SVG, for print", () => save(this.svg(), "route.svg", "image/svg+xml"), saves);
     if (this.options.tables !== false) {
       button("CSV", "Save the route's edges as CSV", () => save(this.csv(), "route.csv", "text/csv"), saves);
-      button("JSON", "Save the route's edges as JSON", () => save(this.json(), "route.json", "application/json"), saves);
+      button("JSON", "Save all that this page holds of the route as JSON", () => save(this.json(), "route.json", "application/json"), saves);
     }
     this.badge = make("output", "rv-badge", "", bar);
 
@@ -654,11 +646,18 @@ export class RouteView {
     return [names, ...rows.map((row) => Object.values(row))].map((row) => row.map(cell).join(",")).join("\r\n");
   }
 
+  /** Everything that the page holds of the route that is shown. */
   json() {
     const { store } = this;
+    const predictions = store.said[this.position].map(([token, probability]) => ({ token, probability }));
+    const edges = edgeTable(store, this.selection, this.threshold);
+    this.selection.edges(this.threshold).forEach((e, n) => {
+      if (store.kind[e] === ATTENTION) edges[n].heads = headsOf(store, e).map(([head, weight]) => ({ head, weight }));
+      else if (store.kind[e] === MLP && store.slot[e] === 3) edges[n].neurons = neuronsOf(store, e);
+    });
     return JSON.stringify({
-      schema: "lmtt.edges/1", model: store.name, tokens: store.token, position: this.position,
-      threshold: this.threshold, edges: edgeTable(store, this.selection, this.threshold),
+      schema: "lmtt.edges/1", model: store.name, layers: store.layers, tokens: store.token, position: this.position,
+      threshold: this.threshold, floor: store.floor, renormalised: store.renormalised, predictions, edges,
     });
   }
 }

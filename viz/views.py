@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import panel as pn
 
+from lmtt.graph.summary import not_taken_apart
 from lmtt.graph.text import token_label, visible
 from lmtt.trace import Trace
 from lmtt.viz import figures, tables
@@ -28,9 +29,12 @@ Pick = Callable[[dict[str, Any]], None]
 
 
 async def lens(
-    trace: Trace, position: int, shown: str, dark: bool, ask: Ask[Any], html: Html, pick: Pick
+    trace: Trace, position: int, shown: str, chosen: str, dark: bool, ask: Ask[Any], html: Html, pick: Pick
 ) -> list[Any]:
-    """Layers × positions: the top token, shaded by probability, entropy or the rank of the choice."""
+    """Layers × positions: the top token, shaded by probability, entropy or the rank of a token.
+
+    chosen : that token; if empty, the one that the model says at `position`.
+    """
     if not trace.has_model:
         return [html(tables.sentence(f"{NO_MODEL} the logit lens."))]
     T, L = len(trace.tokens), trace.n_layers
@@ -41,14 +45,14 @@ async def lens(
     parts = []
     for at in range(0, len(layers), LENS_STEP):
         some = layers[at : at + LENS_STEP]
-        parts.append(await ask(partial(trace.lens_table, some, positions, said.id)))
+        parts.append(await ask(partial(trace.lens_table, some, positions, chosen or said.id)))
     words = [list(row) for part in parts for row in part.token]
     columns = {
         "probability": np.concatenate([p.probability for p in parts]),
         "entropy": np.concatenate([p.entropy for p in parts]),
         "rank": np.concatenate([p.target_rank for p in parts]),
     }
-    label = token_label(said.token, 20)
+    label = token_label(chosen or said.token, 20)
     p, rank = columns["probability"], columns["rank"]
     choices = {
         "top token": (p, "top token after each layer, shaded by its probability", 1.0, "attention"),
@@ -182,20 +186,26 @@ def output(generation: Generation | None, dark: bool, html: Html, pick: Pick) ->
 
 
 def cost(trace: Trace, dark: bool, html: Html) -> list[Any]:
-    """Where this run's time and memory went, as it was measured."""
+    """Where this run's time and memory went, as it was planned and as it was measured."""
     found = trace.cost
-    seconds = {k: float(v) for k, v in found.get("seconds", {}).items() if k != "total"}
-    order = sorted(seconds, key=lambda k: -seconds[k])
-    total = float(found.get("seconds", {}).get("total", sum(seconds.values())))
+    plan = found.get("plan") or {}
+    planned, room = plan.get("seconds") or {}, plan.get("bytes") or {}
+    measured = {str(name): float(value) for name, value in (found.get("seconds") or {}).items()}
+    phases = sorted(
+        {*measured, *planned} - {"total"}, key=lambda n: -max(measured.get(n, 0), planned.get(n, 0))
+    )
+    whole = measured.get("total", sum(measured.values()))
     rows = [
-        [tables.safe(f"peak memory, {k}"), f"{v / 2**20:,.0f} MiB"]
-        for k, v in found.get("peak_bytes", {}).items()
+        [tables.safe(f"peak memory of the {kind}, everything included"), _mib(size)]
+        for kind, size in (found.get("peak_bytes") or {}).items()
     ]
-    pairs = found.get("pairs", {})
+    if room.get("total"):
+        rows.append(["memory planned, beyond what was held before", _mib(room["total"])])
+    pairs = found.get("pairs") or {}
     if pairs:
         rows.append(["pairs evaluated exactly", f"{pairs['evaluated']:,} of {pairs['positive']:,}"])
     rows += [
-        [tables.safe(f"{op} by"), tables.safe(str(name))] for op, name in found.get("backend", {}).items()
+        [tables.safe(f"{op} by"), tables.safe(str(name))] for op, name in (found.get("backend") or {}).items()
     ]
     model = trace.meta.get("model", {})
     rows += [
@@ -204,11 +214,34 @@ def cost(trace: Trace, dark: bool, html: Html) -> list[Any]:
         ["largest error bound of a share", f"{float(trace.certificate.max(initial=0)):.2e}"],
         ["kept edges", f"{len(trace.data.edges.weight):,}"],
     ]
-    views = [html(tables.table(["", ""], rows, numbers=(1,)))]
-    if order:
-        names = [f"{name} {seconds[name]:.3f} s" for name in order]
-        plot = figures.Bars(dark, title=f"{total:.2f} s in all").show(
-            names, np.array([seconds[k] for k in order])
-        )
-        views.insert(0, bokeh(plot))
+    views = []
+    if whole > 0:
+        names = [name for name in phases if measured.get(name)]
+        labels = [f"{name} {_seconds(measured[name])}" for name in names]
+        chart = figures.Bars(dark, title=f"{_seconds(whole)} in all")
+        views.append(bokeh(chart.show(labels, np.array([measured[name] for name in names]))))
+    if planned:
+        times = [
+            [tables.safe(name), *(_seconds(of[name]) if name in of else "" for of in (planned, measured))]
+            for name in [*phases, "total"]
+        ]
+        views.append(html(tables.table(["phase", "planned", "measured"], times, numbers=(1, 2))))
+    elif plan.get("unplanned"):
+        views.append(html(tables.sentence(f"It could not be planned: {plan['unplanned']}")))
+    views.append(html(tables.table(["", ""], rows, numbers=(1,))))
     return views
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def parts_as_one(trace: Trace) -> str:
+    """A sentence for each kind of sublayer that was not taken apart, as HTML; empty if all were."""
+    return "".join(
+        tables.sentence(f"Not taken apart, {line}.") for line in not_taken_apart(trace.whole_sublayers)
+    )

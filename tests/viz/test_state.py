@@ -21,6 +21,7 @@ from lmtt.viz.store import pack, page_floor
 pn = pytest.importorskip("panel", reason="panel is not installed")
 from lmtt.viz.app import Dashboard  # noqa: E402 - after the check for panel
 from lmtt.viz.jobs import Worker  # noqa: E402
+from lmtt.viz.login import OAuth  # noqa: E402
 from lmtt.viz.models import Models  # noqa: E402
 from lmtt.viz.state import Asked, Policy, Server, Shown, State, read_upload, saved  # noqa: E402
 
@@ -88,17 +89,16 @@ def test_a_huge_token_is_clipped(hostile_trace):
         ({"origins": ("*",)}, "without wildcards"),
         ({"port": 70000}, "port is out of range"),
         ({"max_tokens": 0}, "limit is out of range"),
+        (
+            {"password": "long enough", "oauth": OAuth("github", "k", "s", ("a",))},
+            "both a password and OAuth",
+        ),
+        ({"oauth": OAuth("github", "k", "s", ())}, "anybody with an account"),
     ],
 )
 def test_what_would_serve_more_than_was_meant_is_refused(settings, complaint):
     with pytest.raises(InputError, match=complaint):
         Settings(**settings).check()
-
-
-def test_a_password_that_names_a_file_is_refused(tmp_path):
-    (tmp_path / "users.json").write_text("{}")
-    with pytest.raises(InputError, match="name of a file"):
-        Settings(password=str(tmp_path / "users.json")).check()
 
 
 def test_this_machine_alone_is_the_default():
