@@ -27,6 +27,7 @@ import torch
 SAMPLE_SECONDS = 0.002
 REQUEST = 8 << 20  # bytes that the sequential read asks for at once
 ROUTE_THRESHOLD = 0.01
+HEAD_ROWS = 8192  # of the unembedding that are measured: about as many bytes as a matrix of a layer
 CALLS = 3  # of each product and each dequantisation
 
 
@@ -243,8 +244,9 @@ def measure_rates(figure: Figure) -> dict[str, Any]:
     for name in layer:
         for part, seconds in _tensor(source, name, figure.tokens, room, None).items():
             total[part] += seconds
-    head, tile = "lm_head.weight", 8192  # rows: as many bytes as a matrix of the layer
+    head = "lm_head.weight"
     rows = source.tensors[head].shape[0]
+    tile = min(rows, HEAD_ROWS)
     for part, seconds in _tensor(source, head, figure.tokens, room, range(tile)).items():
         total[f"head {part}"] = seconds * rows / tile
     return {"seconds": total, "flop": 2 * figure.tokens * _elements(source, layer)}

@@ -166,6 +166,8 @@ class GgufWeights:
                 result = self._process(name, shown.copy(), {}, self._table)
         except (ValueError, KeyError, IndexError):
             return None
+        if result.name is None:  # what counts was put somewhere else
+            return None
         got = np.asarray(result.weights)
         if got.shape != shown.shape or not np.isfinite(got).all():
             return None

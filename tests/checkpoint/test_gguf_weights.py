@@ -261,8 +261,45 @@ def test_what_is_decoded_straight_and_what_is_not_used(tmp_path: Path) -> None:
     assert weights.unused == ("rope_freqs.weight",)
     assert not weights.tensors["model.layers.1.self_attn.q_proj.weight"].rows  # they are permuted
     assert weights.tensors["model.layers.1.mlp.down_proj.weight"].rows
+    moved = {name for name, weight in weights.weights.items() if weight.order is not None}
+    assert moved == {f"model.layers.{n}.self_attn.{p}_proj.weight" for n in range(LAYERS) for p in "qk"}
+    order = weights.weights["model.layers.0.self_attn.q_proj.weight"].order
+    assert order is not None
+    assert sorted(order) == list(range(E))
+    assert order[1] == 2  # halves of a head, stored in turn
     assert weights.tensors["model.embed_tokens.weight"].nbytes == VOCAB * E // 256 * 210
     assert weights.tensors["lm_head.weight"].plain
+
+
+def test_only_matrices_whose_rows_move_are_taken_for_such(path: Path) -> None:
+    """A transposed matrix, a shifted norm and merged experts are no permutations of rows."""
+    if path.parent.name.startswith("llama"):
+        pytest.skip("its own test is above")
+    weights = open_weights(path, from_transformers(path, torch.float32))
+    assert all(weight.order is None for weight in weights.weights.values())
+
+
+def test_experts_of_a_file_are_read_when_a_prompt_is_routed_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lmtt
+    from lmtt.run.layout import pack
+    from lmtt.streaming.weights import StreamedWeights
+
+    file = write(tmp_path / "m.gguf", "qwen2moe")
+    want = pack(lmtt.load(str(file)).trace(input_ids=[3, 3]).data)
+    monkeypatch.setattr(StreamedWeights, "would_stay", lambda _self, _tokens: False)
+    engine = lmtt.load(str(file), memory="300MiB")
+    got = pack(engine.trace(input_ids=[3, 3]).data)
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    weights = engine._weights
+    assert isinstance(weights, StreamedWeights)
+    sizes = {name: info.nbytes for name, info in weights._source.tensors.items()}
+    experts = sum(sizes[t] for layer in weights._experts for e in layer for t in e.tensors)
+    ahead = sum(sizes[t] for unit in weights._ahead for t in unit.tensors)
+    assert experts > 0
+    assert weights.bytes_read == ahead + experts * 2 // 3  # one token, two of three experts in each layer
 
 
 def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
