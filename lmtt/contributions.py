@@ -36,6 +36,7 @@ from lmtt.structure.spec import (
     AttentionWrite,
     CapturedLayer,
     CapturedWrite,
+    Carry,
     MlpWrite,
     OpaqueWrite,
     Stage,
@@ -112,7 +113,7 @@ def as_block(layer: CapturedLayer) -> Block:
     base, writes = mid.whole, list[CapturedWrite]()
     for stage in later:
         if stage.carry is not None:  # what lies before this sum is rescaled with the stream
-            base = base * stage.carry
+            base = stage.carry.apply(base)
             writes = [_rescaled(write, stage.carry) for write in writes]
         writes += stage.writes
     return Block(mid, _one_mlp(Stage(base=base, whole=layer.stages[-1].whole, writes=tuple(writes))))
@@ -127,16 +128,22 @@ def _one_mlp(stage: Stage) -> Stage:
     return replace(stage, writes=(*others, side_by_side(mlps)))
 
 
-def _rescaled(write: CapturedWrite, carry: Tensor) -> CapturedWrite:
-    """A write times the stream's own factor, [] or [D]."""
-    written = write.written * carry
+def _rescaled(write: CapturedWrite, carry: Carry) -> CapturedWrite:
+    """A write taken along with the stream."""
+    written = carry.apply(write.written)
     if isinstance(write, OpaqueWrite):
         return replace(write, written=written)
-    bias = None if write.bias is None else write.bias * carry
+    bias = None if write.bias is None else carry.apply(write.bias)
     if isinstance(write, MlpWrite):
-        return replace(write, w_down=write.w_down * carry, bias=bias, written=written)
-    attention = replace(write.attention, w_o=write.attention.w_o * carry)
-    return replace(write, attention=attention, bias=bias, written=written)
+        row = _product(write.row_scale, carry.row)
+        return replace(write, w_down=carry.fold(write.w_down), row_scale=row, bias=bias, written=written)
+    one = write.attention
+    one = replace(one, w_o=carry.fold(one.w_o), row_scale=_product(one.row_scale, carry.row))
+    return replace(write, attention=one, bias=bias, written=written)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a * b
 
 
 def attention_task(block: Block, settings: Settings, *, screen: float, keep: float | None) -> AttentionTask:

@@ -31,6 +31,7 @@ from lmtt.structure.spec import (
     CapturedWrite,
     LayerStructure,
     MlpWrite,
+    Norm,
     OpaqueWrite,
     Write,
 )
@@ -113,7 +114,10 @@ def _picture(known: LayerStructure, captured: CapturedLayer) -> tuple[list[Line]
             errors += [sublayers.pop(0)] if apart else []
             lines += [Line(f"│     {text}") for text in _facts(write, modules, known)]
         last = number == len(captured.stages) - 1
-        lines += [Line("│"), Line("⊕ resid_post" if last else "⊕ resid_mid", len(errors))]
+        name = "⊕ resid_post" if last else "⊕ resid_mid"
+        carry = known.carries[number] if known.carries else ()
+        name += "".join(f" → {step.module}" for step in carry if isinstance(step, Norm))
+        lines += [Line("│"), Line(name, len(errors))]
         errors.append(whole)
     return lines, errors
 

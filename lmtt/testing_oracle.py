@@ -44,13 +44,14 @@ class Layout:
     second: tuple[str, str] | None = None  # the down projection of a second MLP, and the norm that follows it
     scale: str | None = None  # what the layer multiplies the stream with when all is added
     attends: bool = True  # False: something else in the attention's place
+    around: bool = False  # the norms are of the whole sums, the stream included
 
 
 @dataclass(frozen=True)
 class Parts:
     """What one layer added, float64; `H` heads, `F` neurons, the last two axes [T, D] are destinations."""
 
-    base: Tensor  # [T, D]
+    base: Tensor  # [T, D], the stream that came in as it is part of mid: through the norm of that sum
     mid: Tensor  # [T, D]
     carried: Tensor  # [T, D], mid as it is part of post: scaled where the layer scales the stream
     post: Tensor  # [T, D]
@@ -90,7 +91,7 @@ def plain_run(model: Any, stack: nn.ModuleList, input_ids: Tensor) -> PlainRun:
 
 
 def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    tensor: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return tensor
 
 
@@ -111,6 +112,8 @@ def take_away(
     pairs = post.new_zeros(0, bench.tokens, *post.shape)
     bias = torch.zeros_like(post)
     scale = bench.scale()
+    if layout.around:
+        return _taken_from_norms(bench, post, heads)
     with bench.silent_mlp():
         carried = bench.run()
         mid = carried / scale
@@ -121,6 +124,19 @@ def take_away(
             pairs, bias = _attention_parts(bench, mid, heads)
     neurons, mlp_bias = _mlp_parts(bench, post)
     return Parts(bench.base, mid, carried, post, pairs, bias, neurons * scale, mlp_bias * scale)
+
+
+def _taken_from_norms(bench: _Bench, post: Tensor, heads: int) -> Parts:
+    """Norms that are given the stream and what is added to it: models with norms after the additions."""
+    attention_norm, mlp_norm = bench.layout.attention_norm, bench.layout.mlp_norm
+    assert attention_norm is not None
+    assert mlp_norm is not None
+    mid = bench.watch(attention_norm, "output")
+    pairs, bias = _attention_parts(bench, mid, heads)
+    neurons, mlp_bias = _mlp_parts(bench, post)
+    bias, mlp_bias = bias + bench.shift(attention_norm), mlp_bias + bench.shift(mlp_norm)
+    base, carried = bench.held(attention_norm)(bench.base), bench.held(mlp_norm)(mid)
+    return Parts(base, mid, carried, post, pairs, bias, neurons, mlp_bias)
 
 
 class _SilentSource(TorchFunctionMode):
@@ -207,6 +223,11 @@ class _Bench:
             return torch.ones((), dtype=self.base.dtype)
         return self.layer.get_buffer(self.layout.scale)
 
+    def shift(self, norm: str) -> Tensor:
+        """What a norm adds to every row, [T, D]."""
+        bias = getattr(self.layer.get_submodule(norm), "bias", None)
+        return torch.zeros_like(self.base) if bias is None else bias.expand_as(self.base)
+
     def mlp_biases(self) -> list[Tensor]:
         known = dict(self.layer.named_parameters())
         names = {n.removesuffix("weight") + "bias" for n in self.layout.down if n.endswith("weight")}
@@ -217,12 +238,15 @@ class _Bench:
         """The linear map that a norm was in an undisturbed run; without one, nothing is done.
 
         RMS norms differ in whether they multiply by the weight or by 1 + weight: what the module returned
-        decides, and neither is an error.
+        decides, and neither is an error. A layer norm's bias is its `shift`.
         """
         if norm is None:
             return lambda x: x
         module: Any = self.layer.get_submodule(norm)
         given, returned = self.watch(norm, "input"), self.watch(norm, "output")
+        if isinstance(module, nn.LayerNorm):
+            std = (given.var(-1, keepdim=True, correction=0) + module.eps).sqrt()
+            return lambda x: (x - x.mean(-1, keepdim=True)) / std * module.weight
         epsilon = float(getattr(module, "variance_epsilon", None) or module.eps)
         row = (given.square().mean(-1, keepdim=True) + epsilon).rsqrt()
         for gain in (module.weight, 1 + module.weight):

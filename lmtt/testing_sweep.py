@@ -1,4 +1,4 @@
-"""How every causal-LM type of the installed transformers fares, on a tiny random model of each.
+"""How every causal-LM type of the installed transformers fares, on a tiny random model of each, wrappers too.
 
 `python -m lmtt.testing_sweep` sweeps them all, writes docs/models.md and the list that tests hold it to. A
 type's state is one of
@@ -9,8 +9,9 @@ type's state is one of
     unbuilt  no tiny model of it runs here: nothing is known
 
 A model counts as full or opaque only if its parts add up to 1e-5 in float32 and 1e-10 in float64, its
-contributions sum to 1, and its logits are bit for bit those of a model that nobody looks at; as full, only if
-every head and neuron is what `lmtt.testing_oracle` finds by taking it away.
+contributions sum to 1, and its logits are bit for bit those of a model that nobody looks at, with torch's own
+attention and with the one that transformers spells out; as full, only if every head and neuron is what
+`lmtt.testing_oracle` finds by taking it away.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from torch.overrides import TorchFunctionMode
 from lmtt.contributions import as_block
 from lmtt.engine import load
 from lmtt.errors import LmttError
-from lmtt.structure.attention_hook import watching
+from lmtt.structure.attention_hook import attention_modules, watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.opaque import admit
 from lmtt.structure.replay import dry_run, find_layers, finish
-from lmtt.structure.spec import CapturedLayer, LayerStructure, OpaqueWrite
+from lmtt.structure.spec import CapturedLayer, LayerStructure, Multiply, Norm, OpaqueWrite, Write
 from lmtt.structure.verify import check_closure
 from lmtt.testing_oracle import Layout, assert_complete, assert_trace, plain_run, take_away
-from lmtt.testing_types import causal_types, prompt, tiny_of_type
+from lmtt.testing_types import WRAPPERS, prompt, swept_types, tiny_of_type
 
 State = Literal["unbuilt", "refused", "opaque", "full"]
 ORDER: tuple[State, ...] = ("unbuilt", "refused", "opaque", "full")  # a type may only move to the right
@@ -96,12 +97,12 @@ def _judge(model_type: str, model: Any, own: Tensor, opaque: bool) -> Verdict:
     with computing_in_float64():
         wide_model = tiny_of_type(model_type, dtype=torch.float64).double()
         wide = _pass(wide_model, ids, opaque)
-    if not torch.equal(narrow.logits, own):
-        raise SilentlyWrongError(f"{model_type}: the logits of a traced run are others")
+    _check_logits(model_type, narrow, own)
     for run, dtype in ((narrow, torch.float32), (wide, torch.float64)):
         if not run.closure <= BOUND[dtype]:
             raise SilentlyWrongError(f"{model_type}: parts add up to {run.closure:.1e} only in {dtype}")
     _check_sums(model_type, trace)
+    _check_eager(model_type, model, ids, opaque)
     reasons = (["with --opaque"] if opaque else []) + _reasons(narrow.captured)
     with computing_in_float64():
         unchecked = "" if reasons else _take_away(model_type, wide_model, wide.structures, ids)
@@ -144,6 +145,24 @@ def _pass(model: Any, ids: Tensor, opaque: bool) -> _Pass:
     return _Pass(structures, captured, worst, finish(model, ids, hidden, calls), seconds)
 
 
+def _check_logits(model_type: str, run: _Pass, own: Tensor) -> None:
+    if not torch.equal(run.logits, own):
+        raise SilentlyWrongError(f"{model_type}: the logits of a traced run are others")
+
+
+def _check_eager(model_type: str, model: Any, ids: Tensor, opaque: bool) -> None:
+    """Where attention ran as torch's own, the same holds for the one that transformers spells out."""
+    if "sdpa" not in {getattr(m.config, "_attn_implementation", None) for m in attention_modules(model)}:
+        return
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        own = model(ids, use_cache=False).logits
+    run = _pass(model, ids, opaque)
+    _check_logits(f"{model_type} (eager)", run, own)
+    if not run.closure <= BOUND[torch.float32]:
+        raise SilentlyWrongError(f"{model_type} (eager): parts add up to {run.closure:.1e} only")
+
+
 def _check_sums(model_type: str, trace: Any) -> None:
     data = trace.data
     for layer in range(trace.n_layers):
@@ -165,7 +184,7 @@ def _take_away(model_type: str, model: Any, structures: list[LayerStructure], id
     try:
         run = plain_run(model, layers, ids)
         parts = [
-            take_away(layer, _layout(structure), given, engine.info.n_heads)
+            take_away(layer, _layout(layer, structure), given, engine.info.n_heads)
             for layer, structure, given in zip(layers, structures, run.given, strict=True)
         ]
         for layer_parts in parts:
@@ -181,16 +200,34 @@ def _take_away(model_type: str, model: Any, structures: list[LayerStructure], id
     return ""
 
 
-def _layout(structure: LayerStructure) -> Layout:
+def _layout(layer: Any, structure: LayerStructure) -> Layout:
+    """Where a layer keeps its parts, from the names of its modules and parameters."""
     (attention,) = [w for w in structure.writes if w.kind == "attention"]
-    ending = {"experts": "down_proj", "mlp": "weight"}
-    mlps = sorted((w for w in structure.writes if w.kind in ending), key=lambda w: w.kind != "experts")
+    mlps = [w for w in structure.writes if w.kind in ("experts", "mlp")]
+    first = sorted((w for w in mlps if w.stage == mlps[0].stage), key=lambda w: w.kind != "experts")
+    later = [w for w in mlps if w.stage != mlps[0].stage]
+    multiplied = [s for carry in structure.carries for s in carry if isinstance(s, Multiply)]
+    numbers = [name for name, buffer in layer.named_buffers() if buffer.numel() == 1]
     return Layout(
         out=str(attention.module),
-        down=tuple(f"{w.module}.{ending[w.kind]}" for w in mlps),
+        down=tuple(_down(layer, w) for w in first),
         attention_norm=attention.post_norm,
-        mlp_norm=mlps[0].post_norm,
+        mlp_norm=first[0].post_norm,
+        second=(_down(layer, later[0]), str(later[0].post_norm)) if len(later) == 1 else None,
+        scale=numbers[0] if multiplied and numbers else None,
+        around=any(isinstance(step, Norm) for carry in structure.carries for step in carry),
     )
+
+
+def _down(layer: Any, write: Write) -> str:
+    """The weight whose columns are a write's neurons."""
+    if write.kind == "mlp" or write.product is not None:
+        return str(write.module) + (".weight" if write.kind == "mlp" else "")
+    ending = ("down_proj", "w2", "output_linear.weight")
+    names: list[str] = [
+        n for n, _ in layer.named_parameters() if n.startswith(f"{write.module}.") and n.endswith(ending)
+    ]
+    return names[0]
 
 
 def _reasons(captured: Sequence[CapturedLayer]) -> list[str]:
@@ -210,7 +247,10 @@ def _describe(structure: LayerStructure) -> str:
     sums = []
     for stage in range(structure.stages):
         here = [w for w in structure.writes if w.stage == stage]
-        sums.append(" + ".join(w.kind + (" then norm" if w.post_norm else "") for w in here))
+        around = {s.module for s in structure.carries[stage] if isinstance(s, Norm)}
+        own = [w.post_norm is not None and w.post_norm not in around for w in here]
+        text = " + ".join(w.kind + (" then norm" if n else "") for w, n in zip(here, own, strict=True))
+        sums.append(f"norm of (stream + {text})" if around else text)
     return " | ".join(sums)
 
 
@@ -259,9 +299,11 @@ INTRODUCTION = """# Models
 <!-- written by `make models`, do not edit -->
 
 Structure is discovered, never looked up: nothing below is a table that the code reads. Every causal-LM type
-of transformers {version} is built as a tiny random model with perturbed weights and traced; this page is what
-came of it. A type counts as decomposed if its parts add up to 1e-5 in float32 and to 1e-10 in float64,
-contributions sum to 1, and logits are bit for bit those of the model by itself.
+of transformers {version}, and {wrappers} models of images and text given text only, are built as tiny random
+models with perturbed weights and traced; this page is what came of it. A type counts as decomposed if its
+parts add up to 1e-5 in float32 and to 1e-10 in float64, contributions sum to 1, and logits are bit for bit
+those of the model by itself, with sdpa and with eager attention where it has both. Types that are encoders
+by default (BERT and its kin) are built with `is_decoder=True`; without it they look ahead, and are refused.
 
 Of {all} types {closing} decompose: {full} fully, {opaque} with parts that stay whole. {refused} are refused
 with a reason; of {unbuilt} no tiny model runs, so nothing is known. Of those that decompose fully, {checked}
@@ -269,7 +311,8 @@ are also held to an oracle: every head and every neuron is what taking it away f
 The others are marked `*`: the oracle cannot take all of their parts away, so only their sums are proved.
 
 In the column *layer*, `|` stands for a sum that something reads (`resid_mid`), `+` for additions to one sum,
-and `;` separates kinds of layers.
+and `;` separates kinds of layers. `norm of (stream + ...)` is a norm after the addition: the stream goes
+through it too, held at the run's statistics, and logits cannot be attributed past it.
 """
 SECTIONS: dict[State, tuple[str, str]] = {
     "full": ("Decomposed fully", "layer"),
@@ -285,7 +328,12 @@ def render(verdicts: dict[str, Verdict]) -> str:
     closing = counts["full"] + counts["opaque"]
     checked = sum(v.state == "full" and not v.unchecked for v in verdicts.values())
     text = INTRODUCTION.format(
-        checked=checked, version=transformers.__version__, all=len(verdicts), closing=closing, **counts
+        checked=checked,
+        version=transformers.__version__,
+        wrappers=sum(t in WRAPPERS for t in verdicts),
+        all=len(verdicts),
+        closing=closing,
+        **counts,
     )
     for state, (title, columns) in SECTIONS.items():
         names = ["type", *columns.split(" | ")]
@@ -323,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     verdicts: dict[str, Verdict] = {}
     broken = 0
-    for model_type in options.types or causal_types():
+    for model_type in options.types or swept_types():
         try:
             verdicts[model_type] = found = sweep_type(model_type)
         except Exception as error:  # one broken type does not hide the others

@@ -1,4 +1,4 @@
-"""A tiny random model of any causal-LM type that the installed transformers knows.
+"""A tiny random model of any causal-LM type that the installed transformers knows, and of some wrappers.
 
 Configurations of all types share most of their names for sizes, so one table makes nearly every type
 tiny; what a type needs beyond it stands in `OWN`, each entry a size that its code demands.
@@ -58,10 +58,13 @@ SIZES: dict[str, Any] = {
     "image_token_id": 3, "video_token_id": 4, "audio_token_id": 5, "image_token_index": 3,
     "video_token_index": 4, "audio_token_index": 5, "boi_token_id": 6, "eoi_token_id": 7,
     "vision_start_token_id": 8, "vision_end_token_id": 9,
+    # what makes decoders of the types that are encoders by default
+    "is_decoder": True,
 }  # fmt: skip
 ONE_PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 # What one type needs beyond SIZES: its validator or its code says so. `...` leaves a size as it is.
 _ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {"rope_parameters": {**_ROTARY, "mrope_section": [1, 1, 2]}}
 _DOTS3 = {
     "num_key_value_heads": 4, "head_dim": 10, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
     "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 10, "swa_qk_nope_head_dim": 6,
@@ -117,6 +120,8 @@ OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": ..., "num_encoder_layers": 2, "num_decoder_layers": 2,
         "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
     },
+    "qwen2_vl": {"text_config": _MROPE, "vision_config": {"embed_dim": 32, "depth": 2}},
+    "qwen2_5_vl": {"text_config": _MROPE, "vision_config": {"depth": 2, "out_hidden_size": 32}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
@@ -132,6 +137,11 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": _ZAMBA,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
+# Models of images and text that are no causal-LM types by themselves: their text decoders, given text only.
+WRAPPERS = (
+    "aya_vision", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm",
+)  # fmt: skip
 # Types whose causal language model is built from a part of their configuration.
 DECODER_PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
@@ -139,6 +149,11 @@ DECODER_PART = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 def causal_types() -> list[str]:
     """Model types with a causal language model, as the installed transformers lists them."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def swept_types() -> list[str]:
+    """All types that the sweep builds."""
+    return sorted({*causal_types(), *WRAPPERS})
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
@@ -186,7 +201,9 @@ def tiny_of_type(
 ) -> Any:
     """A perturbed random model of `model_type`, in eval mode, on the CPU."""
     built = tiny_config(model_type, **overrides)
-    make = transformers.AutoModelForCausalLM.from_config
+    wrapper = model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    auto = transformers.AutoModelForImageTextToText if wrapper else transformers.AutoModelForCausalLM
+    make = auto.from_config
     if model_type in DECODER_PART:
         make = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])._from_config
     with torch.device("meta"):

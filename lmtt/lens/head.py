@@ -2,7 +2,8 @@
 
     logits = softcap(logit_scale * (W_U @ through(final_norm(x)) + b))
 
-`through` is whatever linear map lies between (OPT's project_out), usually nothing. The modules are found by
+`through` is whatever lies between, usually nothing, or a linear map (OPT's project_out); where it is not
+linear (BERT's transform), logits are the model's own but cannot be attributed. The modules are found by
 following the last layer's output through one forward with the layers passed through; what was found is
 verified on that very run, so a model that does anything else is refused by name.
 """
@@ -10,6 +11,7 @@ verified on that very run, so a model that does anything else is refused by name
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +74,21 @@ class Head:
         """[N, D] final states -> [N, V] as `logits`, without the softcap."""
         return _finish(self.unembed(self.normed(states)[None])[0], self.logit_scale, None)
 
+    def check_linear(self) -> None:
+        """Raise StructureError if what lies between norm and unembedding is not linear."""
+        for module in self.through:
+            if not is_linear(module) and not isinstance(module, (nn.Identity, nn.Dropout)):
+                raise StructureError(
+                    f"logits cannot be attributed: {type(module).__name__} lies before the unembedding",
+                    expected="linear maps between the final norm and the unembedding",
+                )
+
     def frozen(self, state: Tensor) -> FrozenHead:
-        """The head with its norm held at the statistics of one final state [D]: a linear map."""
+        """The head with its norm held at the statistics of one final state [D]: a linear map.
+
+        Raises StructureError if what lies between norm and unembedding is not linear.
+        """
+        self.check_linear()
         if self.norm is None:
             return FrozenHead(self, None, state.new_ones(()))
         x = state[None]
@@ -139,7 +154,11 @@ class Directions:
 
 @torch.no_grad()
 def raw_scores(head: Head, updates: Tensor) -> Tensor:
-    """[N, D] -> [N, V]: the linear maps and the unembedding, without norm, biases, scale and softcap."""
+    """[N, D] -> [N, V]: the linear maps and the unembedding, without norm, biases, scale and softcap.
+
+    Raises StructureError if they are not linear.
+    """
+    head.check_linear()
     x = updates
     for module in head.through:
         x = module(x[None])[0] - module(torch.zeros_like(x)[None])[0]
@@ -171,6 +190,12 @@ def find_head(model: Any, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
         raise StructureError(
             f"{type(model).__name__} has no output embedding", expected="a causal language model"
         )
+    # One whose rows are on disk shows the same in a sample of them.
+    with getattr(unembed, "sampled", nullcontext)():
+        return _find_head(model, unembed, replay)
+
+
+def _find_head(model: Any, unembed: nn.Module, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     width = _width(model)

@@ -30,7 +30,7 @@ from lmtt.kernels.directional_attention.reference import Block, against, attenti
 from lmtt.kernels.numerics import compute_dtype, ieee_matmul
 from lmtt.kernels.types import Attention
 from lmtt.lens.head import Directions, Head
-from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite
+from lmtt.structure.spec import AttentionWrite, CapturedLayer, Carry, MlpWrite
 
 Values = NDArray[np.floating[Any]]
 
@@ -260,17 +260,17 @@ class LogitAttribution:
             results[target] = replace(parts, total=_total(parts))
         return results
 
-    def _rescale(self, carry: Tensor) -> float:
+    def _rescale(self, carry: Carry) -> float:
         """A layer that multiplies the stream multiplies all that was added to it before; by how much.
 
-        Raises StructureError for a factor per channel: it turns the direction that was asked along.
+        Raises StructureError for a factor per channel or a norm: it turns the direction that was asked along.
         """
-        if carry.numel() != 1:
+        factor = carry.number
+        if factor is None:
             raise StructureError(
-                "logits cannot be attributed: a layer multiplies the stream channel by channel",
+                "logits cannot be attributed: a layer normalises the stream or scales its channels",
                 expected="layers that add to it, or multiply it by one number",
             )
-        factor = float(carry)
         self._embed = self._embed * factor
         self._layers = [_Layer(*(values * factor for values in layer)) for layer in self._layers]
         return factor

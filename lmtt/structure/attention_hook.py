@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lmtt.errors import StructureError
 from lmtt.structure.lineage import key_of
@@ -54,6 +55,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     position_bias: Tensor | None = None
+    softcap_left_out: bool = False  # given to a function that does not know it
     probabilities: Tensor | None = None
 
 
@@ -102,12 +104,12 @@ def watching(model: nn.Module) -> Iterator[None]:
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configs that the attention modules themselves consult, each once."""
-    found = {
-        id(m.config): m.config
-        for m in model.modules()
-        if "Attention" in type(m).__name__ and hasattr(m, "config")
-    }
-    return list(found.values())
+    return list({id(m.config): m.config for m in attention_modules(model)}.values())
+
+
+def attention_modules(model: nn.Module) -> list[Any]:
+    """Modules that have a config and call themselves attention."""
+    return [m for m in model.modules() if "Attention" in type(m).__name__ and hasattr(m, "config")]
 
 
 def _install() -> None:
@@ -163,6 +165,7 @@ def _recorded(attend: Callable[..., Any]) -> Callable[..., Any]:
                     causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
                     scale=kwargs.get("scaling"),
                     softcap=kwargs.get("softcap"),
+                    softcap_left_out=attend is sdpa_attention_forward,
                     sinks=kwargs.get("s_aux"),
                     position_bias=kwargs.get("position_bias"),
                 )
@@ -238,8 +241,18 @@ def _sdpa_call(
     )
 
 
+def not_causal(where: str) -> StructureError:
+    """The refusal of an attention that looks ahead."""
+    return StructureError(
+        f"{where}: attention is not causal",
+        expected="a decoder's causal mask",
+        remedy="a prompt that is read in both directions cannot be attributed; "
+        "an encoder that is meant as a decoder needs is_decoder=True in its config",
+    )
+
+
 def plain_mask(
-    mask: Tensor | None, causal: bool, tokens: int, device: torch.device
+    mask: Tensor | None, causal: bool, tokens: int, device: torch.device, where: str = "this layer"
 ) -> tuple[Tensor | None, int | None]:
     """Reduce a model's mask to (mask, window): what is left to say beyond "causal".
 
@@ -249,7 +262,7 @@ def plain_mask(
     """
     if mask is None:
         if not causal and tokens > 1:
-            raise StructureError("attention is not causal", expected="a decoder's causal mask")
+            raise not_causal(where)
         return None, None
     mask = mask[0, ..., :tokens, :tokens]
     if mask.dim() == 2:
@@ -263,9 +276,9 @@ def plain_mask(
         elif bool(shut[:, ~below].all()):
             return mask, None
         else:
-            raise StructureError("attention is not causal", expected="a decoder's causal mask")
+            raise not_causal(where)
     if bool((mask & ~below).any()):
-        raise StructureError("attention is not causal", expected="a decoder's causal mask")
+        raise not_causal(where)
     if mask.shape[0] == 1:
         width = int(mask[0, -1].sum())
         if torch.equal(mask[0], below & ~below.tril(-width)):

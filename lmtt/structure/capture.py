@@ -26,13 +26,14 @@ from lmtt.structure.experts import ExpertParts, expert_parts, packed_parts
 from lmtt.structure.heads import WatchBetween, assemble_heads
 from lmtt.structure.modules import linear_bias, linear_weight
 from lmtt.structure.path import LinearParts, Passage, WatchSites, norms_of, sites_of
+from lmtt.structure.scatter import WatchScatter, scattered_parts
 from lmtt.structure.spec import (
     AttentionWrite,
     CapturedLayer,
     CapturedWrite,
+    Carry,
     LayerStructure,
     MlpWrite,
-    Norm,
     OpaqueWrite,
     Site,
     Stage,
@@ -93,6 +94,7 @@ class _Seen:
     sites: dict[Site, tuple[Any, ...]] = field(default_factory=dict)  # arguments of the calls there
     products: dict[Site, Tensor] = field(default_factory=dict)  # what batched products returned
     between: WatchBetween | None = None  # what lies between the attention and its linear map
+    scatters: dict[str, WatchScatter] = field(default_factory=dict)  # experts that run one by one
 
 
 def _hook(layer: nn.Module, structure: LayerStructure, seen: _Seen, size: int, stack: ExitStack) -> None:
@@ -132,6 +134,8 @@ def _hook(layer: nn.Module, structure: LayerStructure, seen: _Seen, size: int, s
     for write in structure.writes:
         if write.through and write.module is not None:
             seen.between = stack.enter_context(WatchBetween(layer, write.module))
+        if write.scattered and write.module is not None:
+            seen.scatters[write.module] = stack.enter_context(WatchScatter(layer, write.module))
 
     def sink(call: AttentionCall) -> None:
         seen.calls.append(call)
@@ -151,8 +155,8 @@ def _assemble(
     stages = []
     base = before
     for number in range(structure.stages):
-        carry = reader.carry(structure.carries[number]) if structure.carries else None
-        base = base if carry is None else base * carry
+        carry = reader.carry(base, structure.carries[number]) if structure.carries else None
+        base = base if carry is None else carry.apply(base)
         here = [write for write in structure.writes if write.stage == number]
         named = [write for write in here if write.module is not None]
         writes = reader.writes(named)
@@ -206,14 +210,9 @@ class _Reader:
         terms = Counter(norm for path in paths for norm in path)
         self._passage = Passage(layer, f"layer {index}", seen.sites, seen.inputs, seen.outputs, terms)
 
-    def carry(self, path: tuple[Step, ...]) -> Tensor | None:
-        """What the stream itself is multiplied by in one stage, [] or [D]."""
-        carry: Tensor | float | None = None
-        for step in path:
-            assert not isinstance(step, Norm)
-            factor = self._passage.factor(step, self._shape)
-            carry = factor if carry is None else carry * factor
-        return carry if carry is None or isinstance(carry, Tensor) else torch.tensor(carry)
+    def carry(self, base: Tensor, path: tuple[Step, ...]) -> Carry | None:
+        """What the stream itself goes through in one stage."""
+        return self._passage.carry(base, path)
 
     def writes(self, here: list[Write]) -> list[CapturedWrite]:
         """The writes of one stage; constants go to the bias of its attention, else of its MLP."""
@@ -258,6 +257,9 @@ class _Reader:
         """What the write's module returned, [T, D]."""
         if write.product is not None and write.product in self._seen.sites:
             return self._seen.products[write.product].sum(0).reshape(self._shape)
+        scatter = self._seen.scatters.get(write.module or "")
+        if scatter is not None and scatter.returned is not None:
+            return scatter.returned.reshape(self._shape)
         if write.module not in self._seen.outputs:
             raise StructureError(
                 f"{where} did not run",
@@ -299,6 +301,8 @@ class _Reader:
         assert write.module is not None
         if write.product is not None:
             return packed_parts(*self._seen.sites[write.product])
+        if write.scattered:
+            return scattered_parts(self._layer, self._seen.scatters[write.module], self._shape)
         return expert_parts(
             self._layer.get_submodule(write.module), self._seen.arguments[write.module], returned
         )

@@ -2,8 +2,8 @@
 
 1. Run the layer under `Lineage`, which keeps the expression graph of the pass.
 2. Walk down from the layer's output through its sums: the stream that came in must be one of the terms,
-   once, itself or times constants (else the layer is not additive, as with norms after the addition:
-   refused).
+   once, itself or times constants or through a norm of the sum, which is linear at a run's statistics
+   (else the layer is not additive: refused).
 3. Every other term is one write. Going through factors and norms, find the module that made it: a linear
    map (its rows are the parts), experts, a parameter by itself, or none of these (opaque).
 4. The linear map that reads what an attention function returned is the attention's, also where something
@@ -25,6 +25,7 @@ from lmtt.structure.attention_hook import AttentionCall, recording
 from lmtt.structure.experts import is_experts, why_whole
 from lmtt.structure.lineage import PACKED, Lineage, Node
 from lmtt.structure.modules import is_linear, is_norm
+from lmtt.structure.scatter import COLLECTS
 from lmtt.structure.spec import LayerStructure, Multiply, Norm, Source, Step, Write
 
 _MIXES_TOKENS = {
@@ -54,7 +55,12 @@ def discover_layer(
     these is not understood and `opaque` does not let it in.
     """
     if hidden.dim() != 3:
-        raise _refuse(layer, index, f"it is given several streams at once, {tuple(hidden.shape)}")
+        raise _refuse(
+            layer,
+            index,
+            f"it is given several streams at once, {tuple(hidden.shape)}",
+            "models that keep several streams and mix them have no single one to attribute",
+        )
     lineage = Lineage(layer, hidden)
     calls: list[AttentionCall] = []
 
@@ -65,7 +71,7 @@ def discover_layer(
     with torch.no_grad(), recording(sink), lineage:
         output = layer(hidden, *args, **(kwargs or {}))
     returned = output[0] if isinstance(output, (tuple, list)) else output
-    sums = _sums(layer, lineage, lineage.node(returned), index)
+    sums = _Descent(layer, lineage, hidden.shape[-1]).sums(lineage.node(returned), index)
 
     source, attention_module = _attention(layer, lineage, calls)
     finder = _Finder(layer, lineage, hidden.shape[-1], source)
@@ -100,65 +106,100 @@ def not_understood(layer: nn.Module, index: int, sublayer: str | None, why: str)
     )
 
 
-def _refuse(layer: nn.Module, index: int, why: str) -> StructureError:
+def _refuse(layer: nn.Module, index: int, why: str, remedy: str | None = None) -> StructureError:
     return StructureError(
-        f"layer {index} ({type(layer).__name__}) is not a sum onto the residual stream: {why}",
-        remedy="models that normalise or rescale the stream itself cannot be taken apart",
+        f"layer {index} ({type(layer).__name__}) is not a sum onto the residual stream: {why}", remedy=remedy
     )
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """One stage: carry * below + terms."""
+    """One stage: below, taken through the steps of `carry`, + terms."""
 
     below: Node
     terms: tuple[tuple[Node, tuple[Step, ...]], ...]  # each with the steps from it to the sum
     carry: tuple[Step, ...]
 
 
-def _sums(layer: nn.Module, lineage: Lineage, out: Node, index: int) -> list[_Sum]:
-    """The sums that lead from the stream that came in to the layer's output."""
-    carriers: dict[int, int] = {}
+class _Descent:
+    """From a layer's output down to the stream that came in."""
 
-    def carried(node: Node) -> int:
+    def __init__(self, layer: nn.Module, lineage: Lineage, width: int) -> None:
+        self._layer, self._lineage, self._width = layer, lineage, width
+        self._carriers: dict[int, int] = {}
+
+    def sums(self, out: Node, index: int) -> list[_Sum]:
+        """The sums on the way, the first one first."""
+        stream, times = self._lineage.stream, self._carried(out)
+        if times != 1:
+            made = out.modules[-1] if out.modules else out.made_by
+            raise _refuse(
+                self._layer,
+                index,
+                f"its output is made by {made!r}"
+                if times == 0
+                else f"the incoming stream is added {times} times",
+            )
+        sums: list[_Sum] = []
+        node, terms, path = out, list[tuple[Node, tuple[Step, ...]]](), tuple[Step, ...]()
+        here: str | None = None  # the norm that only takes `node` along; its readings are no readings
+        rescaled = 0  # readings of `node` that only rescale it
+        while True:
+            read = [reader for reader in node.read_by if here is None or reader != here]
+            if node is stream or (node is not out and len(read) > rescaled):
+                sums.append(_Sum(node, tuple(terms[::-1]), path))
+                terms, path = [], ()
+            if node is stream:
+                return _without_empty(sums[::-1])
+            norm, here, rescaled = self._norm(node), None, 0
+            if norm is not None:
+                here, path = norm, (Norm(norm), *path)
+                node = self._lineage.module_input[norm]
+            elif node.op == "add":
+                below = next(part for part in node.inputs if self._carried(part))
+                terms += [(part, path) for part in node.inputs if part is not below]
+                node = below
+            else:
+                rescaled, path = 1, (_step(node), *path)
+                node = node.inputs[0]
+
+    def _carried(self, node: Node) -> int:
         """How many times the incoming stream is a term of this sum."""
-        if node is lineage.stream:
+        if node is self._lineage.stream:
             return 1
-        if id(node) not in carriers:
-            carriers[id(node)] = 0
-            if node.op == "add":
-                carriers[id(node)] = sum(carried(part) for part in node.inputs)
-            elif node.op in ("scale", "gain") and _is_constant(lineage, node):
-                carriers[id(node)] = carried(node.inputs[0])
-        return carriers[id(node)]
+        if id(node) not in self._carriers:
+            self._carriers[id(node)] = 0
+            norm = self._norm(node)
+            if norm is not None:
+                self._carriers[id(node)] = self._carried(self._lineage.module_input[norm])
+            elif node.op == "add":
+                self._carriers[id(node)] = sum(self._carried(part) for part in node.inputs)
+            elif node.op in ("scale", "gain") and _is_constant(self._lineage, node):
+                self._carriers[id(node)] = self._carried(node.inputs[0])
+        return self._carriers[id(node)]
 
-    times = carried(out)
-    if times != 1:
-        made = out.modules[-1] if out.modules else out.made_by
-        raise _refuse(
-            layer,
-            index,
-            f"its output is made by {made!r}"
-            if times == 0
-            else f"the incoming stream is added {times} times",
-        )
-    sums: list[_Sum] = []
-    node, terms, path = out, list[tuple[Node, tuple[Step, ...]]](), tuple[Step, ...]()
-    multiplied = 0  # readings of `node` that only rescale it
-    while True:
-        if node is lineage.stream or (node is not out and len(node.read_by) > multiplied):
-            sums.append(_Sum(node, tuple(terms[::-1]), path))
-            terms, path = [], ()
-        if node is lineage.stream:
-            return sums[::-1]
-        multiplied = 0
-        if node.op == "add":
-            below = next(part for part in node.inputs if carried(part))
-            terms += [(part, path) for part in node.inputs if part is not below]
-        else:
-            below, multiplied = node.inputs[0], 1
-            path = (_step(node), *path)
-        node = below
+    def _norm(self, node: Node) -> str | None:
+        """The norm that returned this, if it was given a sum that the stream is a term of."""
+        for name in node.modules:
+            module = self._layer.get_submodule(name)
+            if self._lineage.calls[name] != 1 or not is_norm(module, self._width) or _is_inert(module):
+                continue
+            given = self._lineage.module_input.get(name)
+            if given is not None and given is not node and self._carried(given):
+                return name
+        return None
+
+
+def _without_empty(sums: list[_Sum]) -> list[_Sum]:
+    """A sum that nothing is added in is a part of the next one's carry, as with a norm at the start."""
+    kept: list[_Sum] = []
+    empty: _Sum | None = None
+    for one in sums:
+        whole = one if empty is None else _Sum(empty.below, one.terms, (*empty.carry, *one.carry))
+        empty = None if one.terms else whole
+        if one.terms:
+            kept.append(whole)
+    return kept if empty is None else [*kept, empty]
 
 
 def _is_constant(lineage: Lineage, node: Node) -> bool:
@@ -183,7 +224,7 @@ class _Term:
     node: Node
     path: tuple[Step, ...]
     maker: str | None = None
-    kind: str = "unknown"  # linear, experts, packed, constant or unknown
+    kind: str = "unknown"  # linear, experts, packed, scattered, constant or unknown
     note: str = ""
 
 
@@ -207,7 +248,8 @@ class _Finder:
             if is_linear(module):
                 return [_Term(node, path, name, "linear")]
             if is_experts(module) and node.op != "fold":
-                return [_Term(node, path, name, "experts")]
+                known = why_whole(module, 1) is None or not self._scatters(node)
+                return [_Term(node, path, name, "experts" if known else "scattered")]
             if norm is None and is_norm(module, self._width) and not _is_inert(module):
                 norm = name
         if norm is not None:
@@ -221,9 +263,9 @@ class _Finder:
         if node.op == "add":
             terms = [t for part in node.inputs for t in self._terms(part, path)]
             # A sum with a term that is not understood stays whole if the sum itself has a module's name.
-            unknown = any(t.kind == "unknown" and t.maker is None for t in terms)
-            if unknown and node.modules:
-                return [_Term(node, path, node.modules[-1], "unknown", self._unknown(node))]
+            unknown = next((t for t in terms if t.kind == "unknown" and t.maker is None), None)
+            if unknown is not None and node.modules:
+                return [_Term(node, path, node.modules[-1], "unknown", unknown.note)]
             return terms
         if node.op in _TIMES and (node.site is not None or node.factor is not None):
             return self._terms(node.inputs[0], (_step(node), *path))
@@ -232,13 +274,24 @@ class _Finder:
             packed = self._packed(product)
             if packed is not None:
                 return [_Term(product, path, packed, "packed")]
+        if self._scatters(node):
+            return [_Term(node, path, node.within, "scattered")]
         constant = self._parameters.get(node.storage)
         if constant is not None and node.op == "leaf":
             return [_Term(node, path, constant[0], "constant")]
         return [_Term(node, path, node.modules[-1] if node.modules else None, "unknown", self._unknown(node))]
 
     def _unknown(self, node: Node) -> str:
+        if node.made_by in COLLECTS and any(ancestor.attention is not None for ancestor in node.ancestors()):
+            return "experts that mix tokens, such as an attention with several output projections"
         return f"made by {node.made_by!r}, not by a linear map"
+
+    def _scatters(self, node: Node) -> bool:
+        """A module's own code adds up rows here that were computed token by token."""
+        if node.made_by not in COLLECTS or not node.within:
+            return False
+        inside, complete = _sublayer(self._lineage, node)
+        return complete and not any(a.attention is not None or _mixes(self._lineage, a) for a in inside)
 
     def _packed(self, node: Node) -> str | None:
         """The parameter [E, F, D] that this batched product [E, T, D] was taken with, if it was."""
@@ -259,6 +312,8 @@ class _Finder:
             return replace(write, kind="experts", product=term.node.site)
         if lineage.calls[name] != 1:
             return replace(write, note=f"it is called {lineage.calls[name]} times")
+        if term.kind == "scattered":
+            return replace(write, kind="experts", scattered=True)
         if term.kind == "experts":
             why = why_whole(self._layer.get_submodule(name), lineage.module_input[name].width // self._width)
             return replace(write, kind="experts") if why is None else replace(write, note=why)
@@ -350,7 +405,9 @@ def _mixes(lineage: Lineage, node: Node) -> bool:
         return False
     if node.made_by in _MIXES_TOKENS:
         return True
-    live = [part for part in node.inputs if any(a is lineage.stream for a in part.ancestors())]
+    # A parameter's part that routing has picked is a parameter still.
+    moving = [part for part in node.inputs if part.storage not in lineage.stored]
+    live = [part for part in moving if any(a is lineage.stream for a in part.ancestors())]
     return node.made_by in _PRODUCTS and len(live) > 1
 
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lmtt.errors import StructureError
 from lmtt.kernels.types import Attention
-from lmtt.structure.attention_hook import AttentionCall, default_scale, plain_mask
+from lmtt.structure.attention_hook import AttentionCall, default_scale, not_causal, plain_mask
 from lmtt.structure.discover import REARRANGES
 from lmtt.structure.lineage import ADD, DIV, MUL, SAME, SUB, tensors_in
 from lmtt.structure.modules import is_linear, linearise_norm
@@ -161,8 +161,13 @@ def _heads(call: AttentionCall, T: int, where: str) -> Attention:
         return _from_probabilities(call, T, where)
     assert call.query is not None
     assert call.key is not None
+    if call.softcap is not None and call.softcap_left_out:
+        raise StructureError(
+            f"{where}: the model caps its attention's logits, which sdpa leaves out",
+            remedy="load the model with attn_implementation='eager', which computes what the model means",
+        )
     q, k, v = call.query[0], call.key[0, :, :T], call.value[0, :, :T]
-    mask, window = plain_mask(call.mask, call.causal, T, q.device)
+    mask, window = plain_mask(call.mask, call.causal, T, q.device, where)
     if call.position_bias is not None:
         mask = _biased(call.position_bias[0, ..., :T, :T], mask)
     return Attention(
@@ -223,7 +228,7 @@ def _from_probabilities(call: AttentionCall, T: int, where: str) -> Attention:
     A = call.probabilities.reshape(-1, T, T)
     v = call.value.reshape(-1, T, call.value.shape[-1])
     if bool(A.triu(1).any()):
-        raise StructureError(f"{where}: attention is not causal", expected="a decoder's causal mask")
+        raise not_causal(where)
     zero = A.new_zeros(A.shape[0], T, 1).to(v.dtype)
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
     return Attention(
@@ -315,7 +320,9 @@ def _replay(between: WatchBetween, values: dict[_Key, Tensor], base: int | None,
         elif op.name in SAME:
             # Casts are left out: probes stay exact. The rest is done as it was.
             cast = isinstance(op.output, Tensor) and op.output.shape == given[0].shape and op.name in _CASTS
-            result = x if cast else op.function(*swap(op.args), **op.kwargs)
+            # Probes may be laid out otherwise than the run's tensors were: a view is what it shows.
+            function = torch.Tensor.reshape if op.name == "view" else op.function
+            result = x if cast else function(*swap(op.args), **op.kwargs)
         elif op.name in REARRANGES or op.name in ("expand", "repeat", "dropout"):
             result = op.function(*swap(op.args), **op.kwargs)
         elif op.name in MUL | DIV and len(given) == 1 and (op.name in MUL or op.args[0] is given[0]):

@@ -59,8 +59,9 @@ class Node:
     inverse: bool = False  # divided by it
     site: Site | None = None
     width: int = 0  # numel
+    within: str = ""  # the module whose own code made it
     modules: list[str] = field(default_factory=list)  # modules that returned it
-    read_by: list[str] = field(default_factory=list)  # functions that computed something new from it
+    read_by: list[str] = field(default_factory=list)  # modules whose own code computed something new from it
     read_in: list[str] = field(default_factory=list)  # modules that were given it
     storage: int = 0
     attention: Source | None = None
@@ -103,6 +104,7 @@ class Lineage(TorchFunctionMode):
         self._alive: list[Tensor] = []
         self._hooks: list[Any] = []
         self._softmax: set[int] = set()
+        self.stored = {p.untyped_storage().data_ptr() for p in layer.parameters() if p.numel()}
         self.module_input: dict[str, Node] = {}
         self.calls: dict[str, int] = {}
         self.inside: list[str] = []  # modules running now, innermost last
@@ -186,7 +188,8 @@ class Lineage(TorchFunctionMode):
             produced = [given[0][0]]
         if not produced or name in {"__get__", "__set__"}:
             return output
-        site = self._sites.at(self.inside[-1] if self.inside else "", name, produced[0])
+        inside = self.inside[-1] if self.inside else ""
+        site = self._sites.at(inside, name, produced[0])
         in_place = _is_in_place(name, kwargs)
         if name in _SHAPE_ONLY:
             given = []
@@ -198,10 +201,10 @@ class Lineage(TorchFunctionMode):
             if not in_place and key_of(tensor) in known:
                 continue  # a view of something given
             node = self._combine(name, args, kwargs, tensor, given) or Node("leaf", name, inputs)
-            node.site = site
+            node.site, node.within = site, inside
             if node.op != "add":
                 for source in node.inputs:
-                    source.read_by.append(name)
+                    source.read_by.append(inside)
             self._new(tensor, node)
         if name == "scaled_dot_product_attention":
             self.mark_attention(produced[0], "sdpa")

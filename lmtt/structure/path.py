@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from lmtt.errors import StructureError
 from lmtt.structure.lineage import PACKED, SiteCounter
 from lmtt.structure.modules import LinearisedNorm, linearise_norm
-from lmtt.structure.spec import Multiply, Norm, Site, Step
+from lmtt.structure.spec import Carry, Multiply, Norm, Site, Step
 
 
 class WatchSites(TorchFunctionMode):
@@ -129,6 +129,30 @@ class Passage:
             got=tuple(value.shape),
         )
 
+    def carry(self, base: Tensor, path: Iterable[Step]) -> Carry | None:
+        """What the stream `base` [T, D] itself goes through on a path; None where there is nothing.
+
+        A norm's shift is left to the terms that go through it together with the stream.
+        """
+        steps: list[Tensor | LinearisedNorm] = []
+        for step in path:
+            if isinstance(step, Multiply):
+                factor = self.factor(step, base.shape)
+                # A number is as exact as the model's own and takes on the dtype of what it meets.
+                exact = not isinstance(factor, Tensor)
+                steps.append(torch.tensor(factor, dtype=torch.float64) if exact else torch.as_tensor(factor))
+                base = base * factor
+                continue
+            norm, returned = self._held(step.module, base.shape)
+            if self._left.get(step.module, 0) == 0 and norm.shift is not None:
+                raise StructureError(
+                    f"{self._where}: {step.module} shifts the stream, and nothing is added to it there"
+                )
+            base = norm.row[:, None] * norm.fold(base)
+            self._rest[step.module] = returned - base
+            steps.append(norm)
+        return Carry(tuple(steps)) if steps else None
+
     def _times(self, parts: LinearParts, step: Multiply) -> LinearParts:
         factor = self.factor(step, parts.written.shape)
         dtype = parts.written.dtype
@@ -146,15 +170,8 @@ class Passage:
         return LinearParts(parts.weight, bias, row if parts.row is None else parts.row * row, written)
 
     def _norm(self, parts: LinearParts, step: Norm) -> LinearParts:
-        name, shape = step.module, parts.written.shape
-        if name not in self._outputs:
-            raise StructureError(
-                f"{self._where}: {name} did not run", remedy="discover this layer's structure again"
-            )
-        given, returned = self._inputs[name].reshape(shape), self._outputs[name].reshape(shape)
-        if name not in self._norms:
-            self._norms[name] = linearise_norm(self._layer.get_submodule(name), given, returned, self._where)
-        norm = self._norms[name]
+        name = step.module
+        norm, returned = self._held(name, parts.written.shape)
         bias = None if parts.bias is None else norm.row[:, None] * norm.fold(parts.bias)
         if norm.shift is not None and name not in self._shifted:
             self._shifted.add(name)  # the shift is one: it goes to the first of the terms
@@ -175,6 +192,17 @@ class Passage:
             row=norm.row if parts.row is None else parts.row * norm.row,
             written=written,
         )
+
+    def _held(self, name: str, shape: torch.Size) -> tuple[LinearisedNorm, Tensor]:
+        """A norm as it was on this run, and what it returned."""
+        if name not in self._outputs:
+            raise StructureError(
+                f"{self._where}: {name} did not run", remedy="discover this layer's structure again"
+            )
+        given, returned = self._inputs[name].reshape(shape), self._outputs[name].reshape(shape)
+        if name not in self._norms:
+            self._norms[name] = linearise_norm(self._layer.get_submodule(name), given, returned, self._where)
+        return self._norms[name], returned
 
 
 def sites_of(path: Iterable[Step]) -> set[Site]:

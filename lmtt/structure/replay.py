@@ -123,12 +123,31 @@ def dry_run(model: nn.Module, input_ids: Tensor, **inputs: Any) -> LayerCalls:
     # an only layer nothing shows it, but a tuple that the model does not unpack breaks its final norm.
     first = len(layers) == 1
     try:
-        return _dry_run(model, layers, input_ids, inputs, returns_tuple=first)
+        calls = _dry_run(model, layers, input_ids, inputs, returns_tuple=first)
     except _NotAChainError as error:
         try:
-            return _dry_run(model, layers, input_ids, inputs, returns_tuple=not first)
+            calls = _dry_run(model, layers, input_ids, inputs, returns_tuple=not first)
         except _NotAChainError:
             raise error from None
+    _check_one_stream(model, calls.hidden, input_ids.shape[1])
+    return calls
+
+
+def _check_one_stream(model: nn.Module, hidden: Tensor, tokens: int) -> None:
+    """Raise StructureError if the layers are given several streams side by side, which look like one."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text, "hidden_size", None)
+    for what, got, one in (
+        ("positions for each token", hidden.shape[-2], tokens),
+        ("streams side by side", hidden.shape[-1], width),
+    ):
+        if hidden.dim() == 3 and one and got > one and got % one == 0:
+            raise StructureError(
+                f"the layers of {type(model).__name__} are given {got // one} {what}",
+                expected="one",
+                remedy="models that keep several streams and mix them have no single one to attribute",
+            )
 
 
 def _dry_run(
@@ -160,8 +179,11 @@ def _dry_run(
         except (TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
             if not calls:
                 raise
-            kind = "tuples" if returns_tuple else "tensors"
-            raise _NotAChainError(f"layers that return {kind} do not fit together", got=str(error)) from error
+            raise _NotAChainError(
+                f"the layers of {type(model).__name__} hand on more than the residual stream",
+                expected="layers that are given what the one before returned",
+                got=" ".join(str(error).split()),
+            ) from error
     if len(calls) != len(layers):
         raise StructureError(
             f"{type(model).__name__} ran {len(calls)} of its {len(layers)} layers",

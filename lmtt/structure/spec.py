@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from lmtt.kernels.types import Attention
+from lmtt.structure.modules import LinearisedNorm
 
 Kind = Literal["attention", "mlp", "experts", "mixer", "constant", "opaque"]
 Source = Literal["registry", "sdpa", "product"]
@@ -76,6 +77,7 @@ class Write:
     calls: tuple[int, ...] = ()  # attention: which of the layer's attention calls it reads
     through: bool = False  # attention: something lies between those calls and the linear map
     product: Site | None = None  # experts: the batched product with the parameter `module`
+    scattered: bool = False  # experts: `module`'s own code runs them one by one and adds up by row
 
     @property
     def post_norm(self) -> str | None:
@@ -110,7 +112,7 @@ class LayerStructure:
     attention_source: Source | None
     returns_tuple: bool
     sums: tuple[str | None, ...] = ()  # for every stage but the last, a module that is given its whole
-    carries: tuple[tuple[Step, ...], ...] = ()  # for every stage, what multiplies the stream itself
+    carries: tuple[tuple[Step, ...], ...] = ()  # for every stage, what the stream itself goes through
     opaque: bool = False  # the caller lets in what is not understood, as one part
 
     @property
@@ -161,13 +163,54 @@ CapturedWrite = AttentionWrite | MlpWrite | OpaqueWrite
 
 
 @dataclass(frozen=True)
+class Carry:
+    """What a layer does to the stream itself, one step after the other: a linear map of each row.
+
+    A step is a factor, [] or [D], or a norm held at this run's statistics.
+    """
+
+    steps: tuple[Tensor | LinearisedNorm, ...]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The map of x [T, D]."""
+        for step in self.steps:
+            x = x * step if isinstance(step, Tensor) else step.row[:, None] * step.fold(x)
+        return x
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """What of the map is the same for all rows, applied to weight [..., D]; `row` completes it."""
+        for step in self.steps:
+            weight = weight * step if isinstance(step, Tensor) else step.fold(weight)
+        return weight
+
+    @property
+    def row(self) -> Tensor | None:
+        """[T], or None where all rows are alike."""
+        row: Tensor | None = None
+        for step in self.steps:
+            if isinstance(step, LinearisedNorm):
+                row = step.row if row is None else row * step.row
+        return row
+
+    @property
+    def number(self) -> float | None:
+        """The whole map, where it is a product with one number."""
+        product = 1.0
+        for step in self.steps:
+            if not isinstance(step, Tensor) or step.numel() != 1:
+                return None
+            product *= float(step)
+        return product
+
+
+@dataclass(frozen=True)
 class Stage:
-    """whole = base + sum of what was written; base = carry * the whole before."""
+    """whole = base + sum of what was written; base = the whole before, taken through `carry`."""
 
     base: Tensor  # [T, D]
     whole: Tensor  # [T, D]
     writes: tuple[CapturedWrite, ...]
-    carry: Tensor | None = None  # [] or [D]: layers that rescale the stream itself; None: they do not
+    carry: Carry | None = None  # layers that rescale or normalise the stream itself; None: they do not
 
 
 @dataclass(frozen=True)

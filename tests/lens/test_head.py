@@ -12,6 +12,7 @@ from lmtt.errors import StructureError
 from lmtt.lens.head import Head, find_head
 from lmtt.structure.replay import dry_run, finish
 from lmtt.testing_models import tiny_model, tiny_prompt
+from lmtt.testing_types import tiny_of_type
 
 
 def head_of(model: Any) -> Head:
@@ -62,3 +63,12 @@ def test_no_output_embedding_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(StructureError, match="no output embedding"):
         find_head(model.model, lambda ids, states: states)
+
+
+def test_a_head_that_is_not_linear_gives_logits_but_attributes_none() -> None:
+    """Megatron's BERT computes gelu(W x) of the final state: parts of x are no parts of its logits."""
+    head = head_of(tiny_of_type("megatron-bert"))
+    state = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    assert torch.isfinite(head.logits(state[None])).all()
+    with pytest.raises(StructureError, match="cannot be attributed"):
+        head.frozen(state)

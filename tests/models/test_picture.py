@@ -12,6 +12,7 @@ from lmtt.errors import ClosureError, StructureError
 from lmtt.picture import draw
 from lmtt.structure import modules
 from lmtt.testing_models import tiny_model
+from lmtt.testing_types import tiny_of_type
 
 
 def picture(name: str, **options: Any) -> list[str]:
@@ -83,8 +84,12 @@ def test_what_does_not_close_is_drawn_and_then_refused(monkeypatch: pytest.Monke
 
 
 def test_what_is_not_a_sum_is_refused_at_once() -> None:
-    with pytest.raises(StructureError, match="final_layer_norm"):
-        picture("opt_post_norm")
+    with pytest.raises(StructureError, match="several streams"):
+        list(draw(lmtt.load(tiny_of_type("gemma3n_text"))))
+
+
+def test_a_norm_of_the_stream_is_drawn_at_the_sum() -> None:
+    order(picture("opt_post_norm"), "⊕ resid_mid → self_attn_layer_norm", "⊕ resid_post → final_layer_norm")
 
 
 def test_the_worst_of_alike_layers_is_shown_even_if_it_is_no_number() -> None:

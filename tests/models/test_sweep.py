@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lmtt.testing_sweep import ORDER, Verdict, fallen, render, sweep_type
-from lmtt.testing_types import causal_types
+from lmtt.testing_types import swept_types
 
 HERE = Path(__file__).parent
 LISTED: dict[str, str] = json.loads((HERE / "supported.json").read_text())
@@ -37,7 +37,7 @@ def verdict(model_type: str) -> Verdict:
     return _verdicts[model_type]
 
 
-@pytest.mark.parametrize("model_type", causal_types())
+@pytest.mark.parametrize("model_type", swept_types())
 def test_no_type_falls(model_type: str) -> None:
     """Raises SilentlyWrongError, too, where a type is accepted and should not be."""
     found = verdict(model_type)
@@ -48,13 +48,13 @@ def test_no_type_falls(model_type: str) -> None:
 
 def test_the_list_is_whole_and_so_is_the_page() -> None:
     """Improved states are written down by `make models`; seconds are measured and not on the page."""
-    now = {model_type: verdict(model_type) for model_type in causal_types()}
+    now = {model_type: verdict(model_type) for model_type in swept_types()}
     assert {t: v.state for t, v in now.items()} == LISTED, "run `make models`"
     assert render(now) == PAGE.read_text(), "run `make models`"
 
 
 def test_as_many_types_decompose_as_was_asked_for() -> None:
-    states = [verdict(model_type).state for model_type in causal_types()]
+    states = [verdict(model_type).state for model_type in swept_types()]
     print({state: states.count(state) for state in ORDER})
     assert states.count("full") + states.count("opaque") >= 125
 
@@ -64,7 +64,7 @@ def test_discovery_is_quick(capsys: pytest.CaptureFixture[str]) -> None:
 
     A type over the limit is measured again: one garbage collection of the whole test run is not discovery.
     """
-    seconds = {t: verdict(t).seconds for t in causal_types()}
+    seconds = {t: verdict(t).seconds for t in swept_types()}
     for model_type in [t for t, taken in seconds.items() if taken > DISCOVERY_SECONDS]:
         seconds[model_type] = min(sweep_type(model_type).seconds for _ in range(3))
     slowest = max(seconds, key=lambda t: seconds[t])

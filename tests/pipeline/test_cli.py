@@ -226,22 +226,18 @@ def test_damaged_models(model_folder: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_models_that_are_not_sums(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A post-LN decoder has no additive residual stream."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    config = OPTConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2,
-        max_position_embeddings=32, word_embed_proj_dim=16, do_layer_norm_before=False,
-    )  # fmt: skip
-    engine_model = OPTForCausalLM(config).eval()
+    """Several streams that are mixed are not one that is added to."""
     import lmtt
     from lmtt.errors import StructureError
+    from lmtt.testing_types import tiny_of_type
+
+    engine_model = tiny_of_type("gemma3n_text")
 
     with pytest.raises(StructureError, match="not a sum onto the residual stream"):
         lmtt.load(engine_model).trace(input_ids=[1, 2, 3])
-    engine_model.save_pretrained(tmp_path / "opt")
+    engine_model.save_pretrained(tmp_path / "several")
     # Without a tokenizer text cannot be traced; the structure is refused by `doctor` all the same.
-    assert main(["doctor", str(tmp_path / "opt")]) == 2
+    assert main(["doctor", str(tmp_path / "several")]) == 2
     assert "not a sum onto the residual stream" in capsys.readouterr().err
 
 

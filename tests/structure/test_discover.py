@@ -13,7 +13,7 @@ from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.replay import dry_run, find_layers
-from lmtt.structure.spec import LayerStructure
+from lmtt.structure.spec import LayerStructure, Norm
 from lmtt.structure.verify import check_closure
 from lmtt.testing_models import tiny_model, tiny_prompt
 
@@ -87,9 +87,42 @@ def test_all_layers_of_a_kind_are_alike(run_captured: Callable[..., object]) -> 
     assert structures[0] == structures[1] == structures[2]
 
 
-def test_norm_after_the_addition_is_refused_in_words() -> None:
-    with pytest.raises(StructureError, match=r"layer 0 \(OPTDecoderLayer\).*'final_layer_norm'"):
-        discover_first("opt_post_norm")
+def test_a_norm_of_the_sum_takes_the_stream_along() -> None:
+    found = discover_first("opt_post_norm")
+    assert found.carries == ((Norm("self_attn_layer_norm"),), (Norm("final_layer_norm"),))
+    assert [w.path for w in found.writes] == list(found.carries)
+
+
+class _NormFirst(nn.Module):
+    """Normalises the stream before anything is added to it."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8, bias=bias)
+        self.linear = nn.Linear(8, 8)
+        nn.init.normal_(self.norm.weight)
+        if bias:
+            nn.init.normal_(self.norm.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        return 2 * normed + self.linear(normed)
+
+
+def test_a_norm_at_the_start_is_part_of_the_first_sum() -> None:
+    layer, hidden = _NormFirst(bias=False), torch.randn(1, 5, 8)
+    _, captured = capture_layer(layer, discover_layer(layer, hidden), 0, hidden)
+    (stage,) = captured.stages
+    assert torch.allclose(stage.base, 2 * layer.norm(hidden)[0], atol=1e-6)
+    assert stage.carry is not None
+    assert torch.allclose(stage.carry.apply(hidden[0]), stage.base)
+    assert all(closure.error <= 1e-6 for closure in check_closure(captured, full=True))
+
+
+def test_a_shift_that_has_no_home_is_refused() -> None:
+    layer, hidden = _NormFirst(bias=True), torch.randn(1, 5, 8)
+    with pytest.raises(StructureError, match="norm shifts the stream"):
+        capture_layer(layer, discover_layer(layer, hidden), 0, hidden)
 
 
 class _Doubled(nn.Module):
@@ -145,6 +178,23 @@ def test_a_stream_that_constants_rescale_is_a_sum_still() -> None:
     (stage,) = captured.stages
     assert torch.allclose(stage.base, 0.5 * layer.gain * hidden[0])
     assert all(closure.error <= 1e-6 for closure in check_closure(captured, full=True))
+
+
+class _Squashed(_Linear):
+    """Takes the sum through something that is no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squash = nn.Tanh()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.squash(hidden + self.linear(hidden))
+
+
+def test_a_function_of_the_sum_that_is_no_norm_is_refused() -> None:
+    layer, hidden = _Squashed(), torch.randn(1, 5, 8)
+    with pytest.raises(StructureError, match="not a norm"):
+        capture_layer(layer, discover_layer(layer, hidden), 0, hidden)
 
 
 class _TwoStreams(_Linear):
