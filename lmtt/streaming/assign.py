@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are which parameters of a model, by transformers' own conversion mapping.
 
 transformers' per-layer loader is not public: everything of it that is used is used here, so that a release
-that changes it is met in one file. Works with transformers 5.18 and later (the signatures of one loader).
+that changes it is met in one file. Tests run it on the oldest transformers allowed and on the newest.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ import sys, transformers
 assert transformers.__version__.startswith(sys.argv[1] + "."), transformers.__version__
 print("transformers", transformers.__version__)
 PY
-# Left out: gemma4, which that version has not; afmoe, diffllama and doge, which it has in forms that we refuse by
-# name; gemma2, whose softcap its sdpa drops, so that it is refused for not adding up.
-exec "$python" -m pytest -q tests/structure tests/pipeline/test_trace.py \
-  -k "not gemma4 and not afmoe and not diffllama and not doge and not gemma2 and not softcap and not gain \
-  and not gate and not differential" "$@"
+# Models that this version has not, or has wrong, are skipped with the reason that stands in lmtt/testing_models.py.
+exec "$python" -m pytest -q -rs tests/structure tests/pipeline/test_trace.py \
+  'tests/streaming/test_streamed.py::test_same_bits_within_three_limits[llama]' \
+  'tests/streaming/test_streamed.py::test_same_bits_within_three_limits[qwen2_moe]' "$@"
