@@ -82,7 +82,7 @@ class Dashboard:
         )
         self.message = html("")
         self.recent = pmui.Select(label="Recent runs", options=[], visible=False, **WIDE)
-        self.upload = pn.widgets.FileInput(accept=".lmtt", multiple=False, **WIDE)
+        self.upload = pn.widgets.FileInput(accept=".lmtt", multiple=False, stylesheets=[_FILE], **WIDE)
         self.path = pmui.TextInput(label="or a run on this machine", placeholder="path, then Enter", **WIDE)
 
     def say(self, text: str) -> None:
@@ -386,6 +386,11 @@ _THEMES = {
     }
     for name, colours, blue in (("light", theme.LIGHT, "#0f6ba8"), ("dark", theme.DARK, "#2b6b99"))
 }
+_FILE = """
+input { color: var(--muted) !important; background: var(--card) !important; }
+input { border-color: var(--line) !important; }
+input::file-selector-button { color: var(--text) !important; background: var(--band) !important; }
+"""
 _MAIN = {"height": "calc(100vh - 68px)", "padding": "10px", "gap": "10px"}
 _LEFT = ":host { flex: 1 1 56%; min-width: 460px; height: 100%; }"
 _TABS = {

@@ -110,7 +110,7 @@ class Details:
         if says is None:
             listed = tables.table(heads, rows, numbers=(0, 1, 2))
             return [head, html(listed + tables.sentence(f"{NO_MODEL} what each neuron promotes."))]
-        listed = tables.table([*heads, "promotes ▲ and suppresses ▼"], rows, numbers=(0, 1, 2))
+        listed = tables.table([*heads, "▲ promotes, ▼ suppresses"], rows, numbers=(0, 1, 2))
         whole = f"<h4>what the whole block says</h4>{tables.scores(*says[1])}"
         return [head, html(f"<h4>its top neurons</h4>{listed}"), html(whole)]
 
@@ -177,7 +177,7 @@ class Details:
         share = float(trace.opaque[layer, position])
         return [
             self._title(f"layer {layer}", f"at {tables.place(trace, position)}", f"contribution {share:.4f}"),
-            html(tables.sentence("A sublayer that was not taken apart: it enters the route as one part.")),
+            html(tables.sentence(AS_ONE) + parts_as_one(trace)),
         ]
 
     # --- pieces ---

@@ -28,6 +28,7 @@ from lmtt.viz.theme import DARK, LIGHT, Theme
 
 LARGEST_MAP = 512  # of a larger one, blocks show their largest value
 QUANTISED = 256  # a map of more tokens is sent as bytes
+UPRIGHT = 2  # characters that need no slant
 LABELLED = 40  # tokens along an axis that may be labelled
 MONO = "ui-monospace, DejaVu Sans Mono, monospace"
 
@@ -183,7 +184,7 @@ def heat(
             x="x", y="y", text="word", source=inked, text_color="ink", text_align="center",
             text_baseline="middle", text_font_size="10px", text_font={"value": MONO},
         )  # fmt: skip
-    _labels(plot.xaxis[0], columns, slanted=True)
+    _labels(plot.xaxis[0], columns, slanted=max(map(len, columns)) > UPRIGHT)
     _labels(plot.yaxis[0], rows, policy=True)
     plot.add_layout(_colour_bar(theme, mapper), "right")
     if picked is not None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 SHORTEST_PASSWORD = 8
+LOST = "The server does not answer. The graph still follows your hand; clicks are answered when it is back."
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def listen(settings: Settings, shared: Server) -> Any:
 
     from lmtt.viz.app import Dashboard
 
-    pn.extension(notifications=True, reconnect=True)
+    pn.extension(notifications=True, reconnect=True, disconnect_notification=LOST)
 
     def session() -> Any:
         dashboard = Dashboard(shared, uuid.uuid4().hex)

@@ -25,7 +25,7 @@ class TokenView:
         self._trace = trace
         self._latest = 0
         self._layer = np.repeat(np.arange(trace.n_layers), np.diff(trace.data.edges.layer_ptr))
-        self._bars = figures.Bars(dark, title="what its final state came from (rollout over all kept edges)")
+        self._bars = figures.Bars(dark, title="what its final state came from, by all kept edges")
         self._title, self._received, self._gave = html(), html(), html()
         self._all = [self._title, bokeh(self._bars.plot), self._received, self._gave]
 

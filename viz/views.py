@@ -167,7 +167,7 @@ def output(generation: Generation | None, dark: bool, html: Html, pick: Pick) ->
     T = shares.shape[1]
     text = f"<p>{tables.safe(generation.text)}</p>"
     plot = figures.heat(
-        shares[::-1], dark, title="each generated token: what it rests on (rollout; click to trace it)",
+        shares[::-1], dark, title="what each of them rests on (click to trace it)",
         columns=labels[:T], rows=labels[P:][::-1], row_height=17,
         picked=lambda r, _c: pick({"kind": "trace", "position": P - 1 + len(generation.ids) - 1 - r}),
     )  # fmt: skip
@@ -179,7 +179,7 @@ def output(generation: Generation | None, dark: bool, html: Html, pick: Pick) ->
     ]
     listed = tables.table(["prompt token", "at", "share", ""], rows, numbers=(1, 2))
     return [
-        html(f"<h4>output</h4>{text}"),
+        html(f"<h4>generated</h4>{text}"),
         bokeh(plot),
         html(f"<h4>what the whole output rests on in the prompt, through the output in between</h4>{listed}"),
     ]

@@ -118,6 +118,8 @@ def test_every_click_path(watched, serving, models, traced, tmp_path):
     one.page.locator(".bk-Figure").last.wait_for()
     one.tab("Cost")
     one.expect("pairs evaluated exactly")
+    if "unplanned" not in traced.cost["plan"]:
+        one.expect("memory planned")
     one.tab("Save")
     with one.page.expect_download() as download:
         one.page.get_by_role("button", name="One interactive page").click()
@@ -164,6 +166,23 @@ def test_trouble_is_a_sentence_and_the_server_lives_on(watched, serving, models,
     one.expect("This run cannot be opened")
     one.trace("A good prompt")
     one.wait_for_graph()
+    one.tab("Lens")
+    one.page.get_by_label("rank of token").fill("two words")
+    one.page.keyboard.press("Enter")
+    one.expect("'two words' is not one token")
+    one.page.get_by_label("rank of token").fill(" Paris")
+    one.page.keyboard.press("Enter")
+    one.expect("Click a cell for its whole list.")
+
+
+def test_a_model_that_does_not_load_is_a_sentence(watched, serving):
+    def broken(name):
+        raise OSError("disk on fire")
+
+    one = Person(watched, serving(Models(["broken"], broken)))
+    one.trace("Hello")
+    one.expect("broken could not be loaded: OSError: disk on fire")
+    assert one.page.get_by_role("button", name="Trace", exact=True).is_enabled()
 
 
 def test_a_slider_move_sends_next_to_nothing(watched, serving, hostile_trace):
@@ -178,6 +197,41 @@ def test_a_slider_move_sends_next_to_nothing(watched, serving, hostile_trace):
         one.page.locator(".rv-slider").fill(value)
     one.page.wait_for_timeout(1000)
     assert 0 < sum(sent) < 4000, "a few hundred bytes once it came to rest"
+
+
+def test_a_lost_connection_is_said_and_the_graph_goes_on(watched, serving, hostile_trace):
+    one = watched()
+    sockets = []
+
+    def between(socket):
+        socket.connect_to_server()
+        sockets.append(socket)
+
+    one.page.route_web_socket("**/ws*", between)
+    one.page.goto(serving(no_models(), Trace(hostile_trace)))
+    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    sockets[0].close(code=3001, reason="the cable")
+    one.page.get_by_text("The server does not answer.").first.wait_for()
+    one.page.locator(".rv-slider").fill("-0.7")
+    expected = len(route(hostile_trace, -1, float(f"{10**-0.7:.3g}")).edges)
+    one.page.get_by_text(f"{expected:,} edges above 0.2").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_theme_follows_the_system_until_it_is_switched(watched, serving, hostile_trace, scheme):
+    other = {"light": "dark", "dark": "light"}[scheme]
+    address = serving(no_models(), Trace(hostile_trace))
+    page = watched(color_scheme=scheme).page
+    page.goto(address)
+    page.wait_for_selector(f"html[data-theme={scheme}] .rv-canvas", timeout=60_000)
+    page.emulate_media(color_scheme=other)
+    page.wait_for_selector(f"html[data-theme={other}]")
+    page.wait_for_timeout(400)  # until the server knows of it, and the switch shows it
+    page.locator("header button").last.click()
+    page.wait_for_selector(f"html[data-theme={scheme}]")
+    page.wait_for_timeout(400)
+    page.reload()
+    page.wait_for_selector(f"html[data-theme={scheme}] .rv-canvas", timeout=60_000)
 
 
 def test_hostile_tokens_are_shown_harmlessly_everywhere(watched, serving, hostile_trace):

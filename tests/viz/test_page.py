@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmtt.graph.export import predictions
 from lmtt.graph.routes import route
 from lmtt.graph.tables import edge_columns
 from lmtt.graph.testing import random_trace
@@ -251,6 +252,11 @@ def test_pointing_and_keys_work_without_a_network(watched, tmp_path):
 @pytest.mark.browser
 def test_the_page_saves_pictures_and_tables(watched, tmp_path):
     data = random_trace(6, tokens=7, parallel=(False, True, False))
+    share = np.stack([data.mlp * 0.5, data.mlp * 0.25], -1)
+    index = np.arange(share.size, dtype=np.int32).reshape(share.shape)
+    data = dataclasses.replace(
+        data, neurons=dataclasses.replace(data.neurons, index=index, contribution=share)
+    )
     found = route(data, -1, 0.07)
     page = opened(watched, tmp_path, found, accept_downloads=True)
     files = {}
@@ -262,7 +268,22 @@ def test_the_page_saves_pictures_and_tables(watched, tmp_path):
     drawing = xml.etree.ElementTree.fromstring(files["SVG"])
     assert "t6" in "".join(drawing.itertext())
     assert len(files["CSV"].decode().splitlines()) == 1 + len(found.edges)
-    assert len(json.loads(files["JSON"])["edges"]) == len(found.edges)
+    saved = json.loads(files["JSON"])
+    assert len(saved["edges"]) == len(found.edges)
+    assert saved["predictions"][0]["probability"] == pytest.approx(
+        predictions(found)[0].probability, abs=1e-5
+    )
+    seen = []
+    for edge, row in zip(saved["edges"], found.edges, strict=True):
+        if edge["kind"] == "attention":
+            kept = found.heads[row["head_start"] : row["head_end"]]
+            assert {head["head"]: head["weight"] for head in edge["heads"]} == dict(kept.tolist())
+        if edge["kind"] == "mlp" and edge["target"].endswith(f"post.{edge['target_position']}"):
+            at = edge["layer"], edge["target_position"]
+            listed = {n["neuron"]: n["contribution"] for n in edge["neurons"]}
+            assert listed == dict(zip(index[at].tolist(), share[at].tolist(), strict=True))
+            seen.append(at)
+    assert len(seen) > 3
 
 
 @pytest.mark.browser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import struct
 import zlib
@@ -19,6 +20,7 @@ from lmtt.viz.serve import Settings, is_run
 from lmtt.viz.store import pack, page_floor
 
 pn = pytest.importorskip("panel", reason="panel is not installed")
+from lmtt.viz import panes, views  # noqa: E402
 from lmtt.viz.app import Dashboard  # noqa: E402 - after the check for panel
 from lmtt.viz.jobs import Worker  # noqa: E402
 from lmtt.viz.login import OAuth  # noqa: E402
@@ -233,6 +235,44 @@ def test_every_tab_fills_without_a_model(server, dark):
         finished(dashboard.refresh())
         assert len(dashboard.bodies[name]), name
     assert "opened without its model" in shown_text(dashboard.bodies["Lens"])
+
+
+def test_parts_that_were_not_taken_apart_are_said(server):
+    whole = [{"layer": n, "sublayer": "mixer", "kind": "mixer", "reason": "a <state>"} for n in (0, 2)]
+    data = random_trace(4)
+    trace = Trace(dataclasses.replace(data, meta={**data.meta, "whole_sublayers": whole}))
+    dashboard = Dashboard(server, "a")
+    for picked in ({}, {"kind": "opaque", "layer": 0, "position": 1}):
+        finished(dashboard.details.show(trace, picked, False))
+        said = shown_text(dashboard.details.pane)
+        assert "Not taken apart, one part in 2 layers: mixer (mixer, a &lt;state&gt;)." in said
+    finished(dashboard.details.show(server.first, {}, False))
+    assert "Not taken apart" not in shown_text(dashboard.details.pane)
+
+
+@pytest.mark.parametrize(
+    ("cost", "said"),
+    [
+        ({}, ["kept edges"]),
+        ({"seconds": {"mlp": 0.25, "total": 0.25}}, ["kept edges"]),
+        ({"plan": {"unplanned": "no <config>"}}, ["It could not be planned: no &lt;config&gt;"]),
+        (
+            {
+                "seconds": {"mlp": 0.25, "attention": 1.5, "total": 1.75},
+                "plan": {"seconds": {"mlp": 0.2, "read": 0.1, "total": 1.0}, "bytes": {"total": 3 << 20}},
+                "peak_bytes": {"process": 5 << 20},
+            },
+            ["planned", "250 ms", "200 ms", "1.75 s", "100 ms", "3 MiB", "5 MiB"],
+        ),
+    ],
+)
+def test_the_cost_tab_shows_plan_and_measurement_where_there_are_any(cost, said):
+    trace = Trace(dataclasses.replace(random_trace(4), cost=cost))
+    found = views.cost(trace, False, panes.html)
+    text = " ".join(pane.object for pane in found if isinstance(pane, pn.pane.HTML))
+    for part in said:
+        assert part in text
+    assert sum(isinstance(pane, pn.pane.Bokeh) for pane in found) == ("seconds" in cost)
 
 
 def test_files_of_this_machine_can_be_named_on_this_machine_only(server, tmp_path):
