@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from lmtt.profile.clock import Span
-from lmtt.streaming.meter import forgotten_peak
 
 INTERVAL = 0.02  # seconds between two samples; each costs a tenth of a millisecond, mostly waking up
 _STATM = "/proc/self/statm"
@@ -95,4 +94,4 @@ class Sampler:
 def process_peak() -> int:
     """Largest resident set since the process began, in bytes."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(forgotten_peak(), largest if sys.platform == "darwin" else largest * 1024)
+    return largest if sys.platform == "darwin" else largest * 1024
