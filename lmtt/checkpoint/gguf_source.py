@@ -29,7 +29,8 @@ def open_gguf(path: Path, config: Any) -> GgufWeights:
         facts = legacy.load_gguf_checkpoint(path)["config"]
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    weights = GgufWeights(header, model, facts)
+    with fast_reader():  # or transformers makes its table of names once for every module of the model
+        weights = GgufWeights(header, model, facts)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     missing = sorted(set(dict(model.named_parameters(remove_duplicate=False))) - set(weights.weights) - tied)
     if missing:
