@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmtt.profile.report import Profile
 
 MIB = 2**20
+BEYOND = "in all, beyond what the process held when it loaded the model"
 BAR = 12  # characters of a full bar
 
 
@@ -102,15 +103,23 @@ def cost_tables(cost: Mapping[str, Any], name: str) -> Iterator[RenderableType]:
             Text(PHASES.get(phase, ""), "dim"),
         )
     yield table
-    if not predicted:
+    if plan.get("unplanned"):
+        yield Text(f"it could not be planned: {visible(str(plan['unplanned']))}", "dim")
+    elif not predicted:
         yield Text("no seconds were planned: `lmtt plan` had not measured this machine's ceilings yet", "dim")
     if plan.get("bytes"):
-        table = _table("memory", "planned", "", "")
+        table = _table("memory planned", "size", "")
         for part, size in plan["bytes"].items():
             if size:
-                said = {"total": "in all, beyond what the process held when it loaded the model"}
-                table.add_row(part, _size(size), "", Text(said.get(part, BYTES_OF.get(part, "")), "dim"))
+                table.add_row(part, _size(size), Text(BYTES_OF.get(part, BEYOND), "dim"))
         yield table
+    held: Mapping[str, Any] = cost.get("measured") or {}
+    if held.get("bytes"):
+        table = _table("memory measured", "peak", "")
+        for part, size in held["bytes"].items():
+            table.add_row(visible(str(part)), _size(size), Text(BEYOND if part == "total" else "", "dim"))
+        yield table
+        yield Text(f"measured by {visible(str(held.get('way', '')))}", "dim")
     peaks = cost.get("peak_bytes") or {}
     for kind, size in peaks.items():
         yield Text(f"measured: peak of the {visible(str(kind))} {_size(size)}, everything included")
