@@ -159,15 +159,16 @@ def _facts(write: CapturedWrite, modules: list[Write], known: LayerStructure) ->
         yield f"{write.act.shape[1]} neurons{' of all experts' if experts else ''}{bias}"
         return
     a = write.attention
-    own = a.v.shape[0]
+    own, width, seen = a.v.shape[0], a.q.shape[-1], known.attention_source == "product"
     text = f"{a.heads} heads of {a.v.shape[-1]}" + (f", {own} key/value heads" if own != a.heads else "")
+    text += f", queries and keys of {width}" if width != a.v.shape[-1] and not seen else ""
     extras = {
-        "a window": a.window, "softcap": a.softcap, "sinks": a.sinks, "position biases": _floating(a.mask),
-        "a gate": a.gate,
+        "a window": a.window, "softcap": a.softcap, "sinks": a.sinks, "a gate": a.gate,
+        "position biases": None if seen else _floating(a.mask),
     }  # fmt: skip
     named = [name for name, value in extras.items() if value is not None]
     yield text + (", with " + " and ".join(named) if named else "") + bias
-    if known.attention_source == "product":
+    if seen:
         yield "seen as its own product softmax(...) @ v"
     else:
         yield f"q, k and v from {known.attention_module or 'the layer itself'} ({known.attention_source})"

@@ -200,6 +200,12 @@ def _take_away(model_type: str, model: Any, structures: list[LayerStructure], id
     return ""
 
 
+def hold_to_oracle(name: str, model: Any, ids: Tensor) -> str:
+    """`_take_away` for a float64 model (see `computing_in_float64`) on one prompt [1, T]."""
+    with computing_in_float64():
+        return _take_away(name, model, _pass(model, ids, opaque=False).structures, ids)
+
+
 def _layout(layer: Any, structure: LayerStructure) -> Layout:
     """Where a layer keeps its parts, from the names of its modules and parameters."""
     (attention,) = [w for w in structure.writes if w.kind == "attention"]

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lmtt.errors import StructureError
 from lmtt.kernels.types import Attention
@@ -23,6 +22,7 @@ from lmtt.structure.attention_hook import AttentionCall, default_scale, not_caus
 from lmtt.structure.discover import REARRANGES
 from lmtt.structure.lineage import ADD, DIV, MUL, SAME, SUB, tensors_in
 from lmtt.structure.modules import is_linear, linearise_norm
+from lmtt.structure.watch import Watch
 
 # What takes only the shape or kind of its second argument.
 _LIKE = {"view_as", "reshape_as", "type_as", "expand_as", "zeros_like", "ones_like", "empty_like"}
@@ -51,14 +51,13 @@ class _Op:
     module: nn.Module | None = None
 
 
-class WatchBetween(TorchFunctionMode):
+class WatchBetween(Watch):
     """Record what is computed from attention outputs until a linear map reads it."""
 
     def __init__(self, layer: nn.Module, linear: str) -> None:
         super().__init__()
         self._layer, self._linear = layer, linear
         self._from: set[_Key] = set()
-        self._hooks: list[Any] = []
         self._within = 0  # modules entered that are recorded as one call
         self._done = False
         self.ops: list[_Op] = []
@@ -68,7 +67,7 @@ class WatchBetween(TorchFunctionMode):
         """`output` is what an attention call returned."""
         self._from.add(_key(output))
 
-    def __enter__(self) -> WatchBetween:
+    def hook_modules(self) -> None:
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not self._done and args and isinstance(args[0], Tensor) and _key(args[0]) in self._from:
                 self._within += 1
@@ -85,18 +84,10 @@ class WatchBetween(TorchFunctionMode):
 
         for name, module in self._layer.named_modules():
             if name == self._linear:
-                self._hooks.append(module.register_forward_pre_hook(stop, with_kwargs=True))
+                self.hooks.append(module.register_forward_pre_hook(stop, with_kwargs=True))
             elif next(module.children(), None) is None and not is_linear(module):
-                self._hooks.append(module.register_forward_pre_hook(before))
-                self._hooks.append(module.register_forward_hook(after))
-        super().__enter__()  # type: ignore[no-untyped-call] # torch ships no types here
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call] # likewise
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+                self.hooks.append(module.register_forward_pre_hook(before))
+                self.hooks.append(module.register_forward_hook(after))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

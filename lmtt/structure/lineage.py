@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lmtt.structure.spec import Site, Source
+from lmtt.structure.watch import Watch
 
 Op = Literal["leaf", "add", "scale", "rows", "gain", "gate", "fold"]
 
@@ -92,7 +92,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-class Lineage(TorchFunctionMode):
+class Lineage(Watch):
     """Record the pass of `layer` over a stream of `hidden`'s size; use as a context manager around it."""
 
     def __init__(self, layer: nn.Module, hidden: Tensor) -> None:
@@ -102,7 +102,6 @@ class Lineage(TorchFunctionMode):
         self._tokens = hidden.numel() // hidden.shape[-1]
         self._nodes: dict[Key, Node] = {}
         self._alive: list[Tensor] = []
-        self._hooks: list[Any] = []
         self._softmax: set[int] = set()
         self.stored = {p.untyped_storage().data_ptr() for p in layer.parameters() if p.numel()}
         self.module_input: dict[str, Node] = {}
@@ -128,21 +127,13 @@ class Lineage(TorchFunctionMode):
         if node.attention is None or source == "registry":
             node.attention, node.call = source, number
 
-    def __enter__(self) -> Lineage:
+    def hook_modules(self) -> None:
         for name, module in self._layer.named_modules():
             if name:
-                self._hooks.append(
+                self.hooks.append(
                     module.register_forward_pre_hook(self._enter_module(name), with_kwargs=True)
                 )
-                self._hooks.append(module.register_forward_hook(self._leave_module(name)))
-        super().__enter__()  # type: ignore[no-untyped-call] # torch ships no types here
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call] # likewise
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+                self.hooks.append(module.register_forward_hook(self._leave_module(name)))
 
     def _enter_module(self, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lmtt.errors import StructureError
 from lmtt.structure.lineage import PACKED, SiteCounter
 from lmtt.structure.modules import LinearisedNorm, linearise_norm
 from lmtt.structure.spec import Carry, Multiply, Norm, Site, Step
+from lmtt.structure.watch import Watch
 
 
-class WatchSites(TorchFunctionMode):
+class WatchSites(Watch):
     """Keep the arguments of the calls at some sites of a layer's forward; a context manager around it."""
 
     def __init__(self, layer: nn.Module, size: int, wanted: Iterable[Site]) -> None:
@@ -29,11 +29,10 @@ class WatchSites(TorchFunctionMode):
         self._functions = {site.function for site in self._wanted}
         self._counter = SiteCounter(size)
         self._inside: list[str] = []
-        self._hooks: list[Any] = []
         self.arguments: dict[Site, tuple[Any, ...]] = {}
         self.products: dict[Site, Tensor] = {}  # results of batched products
 
-    def __enter__(self) -> WatchSites:
+    def hook_modules(self) -> None:
         def enter(name: str) -> Callable[..., None]:
             return lambda *_: self._inside.append(name)
 
@@ -42,16 +41,8 @@ class WatchSites(TorchFunctionMode):
 
         for name, module in self._layer.named_modules():
             if name:
-                self._hooks.append(module.register_forward_pre_hook(enter(name)))
-                self._hooks.append(module.register_forward_hook(leave, always_call=True))
-        super().__enter__()  # type: ignore[no-untyped-call] # torch ships no types here
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call] # likewise
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+                self.hooks.append(module.register_forward_pre_hook(enter(name)))
+                self.hooks.append(module.register_forward_hook(leave, always_call=True))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

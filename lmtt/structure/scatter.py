@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lmtt.structure.experts import MAX_EXPERT_BYTES, ExpertParts
 from lmtt.structure.lineage import ADD, MUL, SAME, Key, key_of
 from lmtt.structure.modules import FLOATS
 from lmtt.structure.tolerance import SUBLAYER_BOUND
+from lmtt.structure.watch import Watch
 
 COLLECTS = {"index_add", "index_add_"}
 _JOINS = {"cat", "concat", "concatenate"}
@@ -44,7 +44,7 @@ class _Rows:
         return self.act.shape[0]
 
 
-class WatchScatter(TorchFunctionMode):
+class WatchScatter(Watch):
     """Record what the own code of one module of a layer adds up by row; a context manager around a run."""
 
     def __init__(self, layer: nn.Module, module: str) -> None:
@@ -54,12 +54,11 @@ class WatchScatter(TorchFunctionMode):
         self._rows: dict[Key, list[_Rows]] = {}
         self._alive: list[Tensor] = []  # an address that is freed could name two tensors
         self._inside = False
-        self._hooks: list[Any] = []
         self.collected: list[tuple[Tensor, _Rows]] = []  # token of each row [n], and the rows
         self.returned: Tensor | None = None  # the sum, flat
         self.stray = False  # something was added that is no expert's product
 
-    def __enter__(self) -> WatchScatter:
+    def hook_modules(self) -> None:
         def turn(on: bool) -> Callable[..., None]:
             def hook(*_: Any) -> None:
                 self._inside = on
@@ -70,16 +69,8 @@ class WatchScatter(TorchFunctionMode):
             return hook
 
         module = self._layer.get_submodule(self._module)
-        self._hooks.append(module.register_forward_pre_hook(turn(True)))
-        self._hooks.append(module.register_forward_hook(turn(False), always_call=True))
-        super().__enter__()  # type: ignore[no-untyped-call] # torch ships no types here
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)  # type: ignore[no-untyped-call] # likewise
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self.hooks.append(module.register_forward_pre_hook(turn(True)))
+        self.hooks.append(module.register_forward_hook(turn(False), always_call=True))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -64,9 +64,15 @@ def check_closure(captured: CapturedLayer, full: bool, bound: float | None = Non
                 f"layer {result.layer}, {result.sublayer}: the parts do not add up to what was written",
                 expected=f"a relative error of at most {result.bound:.1e}",
                 got=f"{result.error:.1e}",
-                remedy="this model's layers hold something that is not understood here",
+                remedy=_remedy(result),
             )
     return results
+
+
+def _remedy(result: Closure) -> str:
+    if result.bound == STAGE_BOUND[torch.float64] and result.error <= STAGE_BOUND[torch.float32]:
+        return "its layers compute in float32 even as float64: load the model with dtype='float32'"
+    return "this model's layers hold something that is not understood here"
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -71,6 +71,16 @@ def test_what_bites_is_named(name: str, text: str) -> None:
     assert any(text in line for line in picture(name)), picture(name)
 
 
+def test_what_is_seen_as_probabilities_names_no_biases() -> None:
+    lines = picture("bloom")
+    order(lines, "4 heads of 8", "seen as its own product")
+    assert not any("position biases" in line for line in lines)
+
+
+def test_widths_that_differ_are_named() -> None:
+    assert any("4 heads of 8, queries and keys of 10" in line for line in picture("deepseek_v3"))
+
+
 def test_what_does_not_close_is_drawn_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture shows where; the error ends the command."""
     own = modules.linear_weight
