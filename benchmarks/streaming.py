@@ -129,10 +129,15 @@ def _demo(folder: Path) -> Path:
     """The demo model in bfloat16 safetensors: its own GGUF file is nothing that the peers stream."""
     path = folder / "smollm2"
     script = (
-        "import sys, torch, lmtt; from measure import save_model; from pathlib import Path\n"
-        "engine = lmtt.load(None, dtype='bfloat16'); save_model(engine.model, Path(sys.argv[1]))\n"
+        "import copy, sys, torch, transformers, lmtt\n"
+        "model = lmtt.load(None, dtype='bfloat16').model\n"
+        "config = copy.deepcopy(model.config)\n"
+        "del config.quantization_config\n"
+        "plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)\n"
+        "plain.load_state_dict(model.state_dict())\n"
+        "plain.save_pretrained(sys.argv[1])\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
     subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True)
     return path
 

@@ -290,8 +290,16 @@ FIGURES: dict[str, Callable[[Figure], dict[str, Any]]] = {
 }
 
 
+def import_all() -> None:
+    """What loading would import, which is the start of a program and not a part of loading."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    import lmtt.engine  # noqa: F401
+
+
 def main() -> None:
     figure = Figure(**json.loads(sys.argv[1]))
+    import_all()
     torch.set_num_threads(figure.threads)
     print(json.dumps(FIGURES[figure.what](figure)))
 
