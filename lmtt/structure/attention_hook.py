@@ -77,6 +77,17 @@ def recording(sink: Sink) -> Iterator[None]:
 
 
 @contextmanager
+def unseen() -> Iterator[None]:
+    """Whatever runs in this context is recorded by nobody."""
+    token = _sink.set(None)
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        _sink.reset(token)
+
+
+@contextmanager
 def watching(model: nn.Module) -> Iterator[None]:
     """Let `recording` see the attention calls of `model`; on exit everything is as it was found.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmtt.errors import StructureError
+from lmtt.structure.handed_on import link
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def _dry_run(
             f"{type(model).__name__} ran {len(calls)} of its {len(layers)} layers",
             expected="each once, in order",
         )
-    return LayerCalls(first[0], tuple(calls), returns_tuple)
+    linked = link(list(layers), first[0], [(call.args, call.kwargs) for call in calls])
+    return LayerCalls(first[0], tuple(LayerCall(*given) for given in linked), returns_tuple)
 
 
 Shell = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]

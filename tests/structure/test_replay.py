@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lmtt.errors import StructureError
+from lmtt.structure.attention_hook import watching
+from lmtt.structure.capture import capture_layer
+from lmtt.structure.discover import discover_layer
 from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish
 from lmtt.testing_models import CONFIGS, tiny_model, tiny_prompt
 
@@ -104,3 +108,23 @@ def test_a_wrong_shape_is_refused_and_the_model_is_restored() -> None:
 def test_no_stack_is_refused() -> None:
     with pytest.raises(StructureError, match="no decoder stack found in Linear"):
         find_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("first", [2, 1])
+def test_a_layer_by_itself_finds_the_keys_and_values_that_earlier_ones_leave(
+    first: int, run_captured: Callable[..., Any]
+) -> None:
+    """Gemma 4's last layer attends with the keys and values of the one before, which did not run here."""
+    model, ids = tiny_model("gemma4"), tiny_prompt()
+    done = run_captured(model)
+    _, layers = find_layers(model)
+    call = dry_run(model, ids).calls[first]
+    given = (done.captured[first - 1].resid_post[None], call.args, call.kwargs)
+    with watching(model):
+        structure = discover_layer(layers[first], *given)
+        _, again = capture_layer(layers[first], structure, first, *given)
+    assert structure == done.structures[first]
+    assert torch.equal(again.resid_post, done.captured[first].resid_post)
+    ours, theirs = again.stages[0].writes[0].attention, done.captured[first].stages[0].writes[0].attention
+    assert torch.equal(ours.k, theirs.k)
+    assert torch.equal(ours.v, theirs.v)
