@@ -45,7 +45,8 @@ from lmtt.run.reader import read_run
 from lmtt.run.writer import RunWriter
 from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
 from lmtt.streaming.load import read_within
-from lmtt.streaming.plan import parse_bytes
+from lmtt.streaming.meter import Meter
+from lmtt.streaming.plan import PREDICTION_WORKSPACE, parse_bytes
 from lmtt.streaming.weights import LayerWeights, ResidentWeights
 from lmtt.streaming.weights import Turn as LayerTurn
 from lmtt.structure.attention_hook import watching
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from lmtt.generate import Generation
 
 KEPT_PREDICTIONS = 32
-PREDICTION_WORKSPACE = 16 << 20  # bytes; of all phases this one would hold the most, and gains nothing by it
 PROOF_TOKENS = 7
 REMEMBERED_LAYERS = 2  # captured layers held for further questions about them
 REMEMBERED_PROMPTS = 4  # dry runs held likewise: arguments of the layers, no activations
@@ -123,7 +123,6 @@ class Engine:
         self.model = loaded.model
         self.tokenizer = loaded.tokenizer
         self._facts = loaded.facts
-        self._weights: LayerWeights = ResidentWeights() if weights is None else weights
         self._backend = backend
         self._opaque = opaque  # let in what is not understood, as one part
         _, self._layers = find_layers(self.model)
@@ -133,6 +132,9 @@ class Engine:
         self._captured: OrderedDict[tuple[bytes, int], CapturedLayer] = OrderedDict()
         self._calls: OrderedDict[bytes, LayerCalls] = OrderedDict()
         self.info = _info(loaded, self._layers)
+        if weights is None:
+            weights = ResidentWeights(Meter(torch.device(self.info.device)))
+        self._weights: LayerWeights = weights
 
     def __repr__(self) -> str:
         i = self.info
@@ -192,7 +194,8 @@ class Engine:
         keep : "light" leaves the residual stream out of the trace, and with it every detail on demand.
         neurons : how many top neurons to keep of each row.
         targets : tokens whose logits at the last position are attributed in the same pass, so that
-            `Trace.logit_contributions` has them at once; any other token costs it a second pass.
+            `Trace.logit_contributions` has them at once; any other token costs it a second pass, and so do
+            all of a run that is resumed after its first layer.
         out : a directory for the run (a list of them for a list of prompts), committed layer by layer, so
             that what a killed process did is not lost.
         resume : go on with what `out` holds; the result is the same, byte for byte.
@@ -321,9 +324,18 @@ class Engine:
         lengths = [len(prompt.tokens) for prompt in prompts]
         settings = replace(job.settings, workspace=self._weights.workspace(lengths, full=job.full))
         self._captured.clear()  # room for what comes
-        with Clock(self.info.device, self._weights.traffic) as clock, watching(self.model), torch.no_grad():
+        with (
+            self._weights.meter.running(self._weights.held),
+            Clock(self.info.device, self._weights.traffic) as clock,
+            watching(self.model),
+            torch.no_grad(),
+        ):
             runs = [self._start(prompt, job, writer) for prompt, writer in zip(prompts, writers, strict=True)]
             first = _resume(runs)
+            if job.targets and first == 0:  # layers that are stored already are not run again
+                for run in runs:
+                    last = len(run.prompt.tokens) - 1
+                    run.logits = LogitAttribution(self._find_head(), job.targets, last, run.hidden[0])
             planned = planned_cost(
                 self.model, self._weights, lengths, full=job.full, first=not self._proved,
                 stored=any(writer is not None for writer in writers),
@@ -348,10 +360,7 @@ class Engine:
         calls = self._dry_run(prompt.input_ids)
         hidden = calls.hidden
         stream = stream_room(len(self._layers), hidden[0]) if job.full else None
-        run = Running(prompt, calls, hidden, stream, writer=writer)
-        if job.targets and writer is None:
-            run.logits = LogitAttribution(self._find_head(), job.targets, len(prompt.tokens) - 1, hidden[0])
-        return run
+        return Running(prompt, calls, hidden, stream, writer=writer)
 
     def _layer(self, run: Running, index: int, settings: Settings, clock: Clock, number: int) -> None:
         """One prompt, `number` of those that go together, through one layer, which has its weights."""
@@ -394,6 +403,7 @@ class Engine:
         clock.begin("lens")
         predictions, choice = self._predict(prompt.input_ids, run.hidden, run.calls)
         run.log.choices[choice.op] = choice
+        self._weights.meter.mark("predictions")
         tail = Tail(
             tokens=prompt.tokens,
             input_ids=prompt.input_ids[0].cpu().numpy(),
@@ -404,7 +414,8 @@ class Engine:
         meta = self._meta(settings, job.full, predictions, run.log)
         if prompt.text is not None:
             meta["prompt"] = prompt.text.to_meta()
-        cost = {**cost_of(clock, run.log, together), "plan": planned}
+        measured = self._weights.meter.to_json()
+        cost = {**cost_of(clock, run.log, together), "plan": planned, "measured": measured}
         if run.writer is not None:
             clock.begin("store")
             run.writer.finish(tail, meta, cost)
@@ -960,8 +971,13 @@ def load(
         return Engine(Loaded(model, tokenizer, facts["name"], facts), backend, opaque)
     where = parse_device(device)
     kind = parse_dtype(dtype, where)
-    source = resolve(model)
-    loaded, weights = read_within(limit, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite)
+    meter = Meter(where, limit)
+    with meter.loading():
+        source = resolve(model)
+        loaded, weights = read_within(
+            meter, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite
+        )
+        meter.loaded(weights.held)
     if tokenizer is not None:
         loaded = Loaded(loaded.model, tokenizer, loaded.name, loaded.facts)
     return Engine(loaded, backend, opaque, weights)

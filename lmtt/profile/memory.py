@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from lmtt.profile.clock import Span
+from lmtt.streaming.meter import forgotten_peak
 
 INTERVAL = 0.02  # seconds between two samples; each costs a tenth of a millisecond, mostly waking up
 _STATM = "/proc/self/statm"
@@ -94,4 +95,4 @@ class Sampler:
 def process_peak() -> int:
     """Largest resident set since the process began, in bytes."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    return max(forgotten_peak(), largest if sys.platform == "darwin" else largest * 1024)

@@ -13,6 +13,7 @@ from lmtt.checkpoint.load import load as load_all
 from lmtt.checkpoint.open import open_source
 from lmtt.errors import CheckpointError
 from lmtt.streaming.assign import build
+from lmtt.streaming.meter import Meter
 from lmtt.streaming.plan import NOMINAL_TOKENS
 from lmtt.streaming.weights import LayerWeights, ResidentWeights, StreamedWeights
 from lmtt.structure.replay import find_layers
@@ -22,7 +23,7 @@ LEFT_FREE = 0.1  # of the memory that is available, when nobody named a limit
 
 
 def read_within(
-    limit: int | None,
+    meter: Meter,
     source: Source,
     *,
     device: torch.device,
@@ -31,7 +32,7 @@ def read_within(
 ) -> tuple[Loaded, LayerWeights]:
     """A model with the weights it needs now, and where the others are.
 
-    limit : bytes; None streams only what the machine's memory does not hold.
+    meter : has the limit; without one only what the machine's memory does not hold is streamed.
 
     Raises
     ------
@@ -41,11 +42,11 @@ def read_within(
         The limit is below the smallest that works, which the error names.
     """
     options: dict[str, Any] = {"device": device, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
-    named = limit is not None
+    limit, named = meter.limit, meter.limit is not None
     if limit is None:
         free = available(device)
         if free is None or _stored_bytes(source) * LARGEST_GROWTH <= free:
-            return load_all(source, **options), ResidentWeights()
+            return load_all(source, **options), ResidentWeights(meter)
         limit = int((1 - LEFT_FREE) * free)
     with quiet_transformers(), fast_reader():
         config = read_config(source)
@@ -54,11 +55,11 @@ def read_within(
         model = build(config, kind)
         weights_at = open_source(source, config)
     try:
-        streamed = StreamedWeights(weights_at, model, find_layers(model)[0], kind, device, limit)
+        streamed = StreamedWeights(weights_at, model, find_layers(model)[0], kind, device, limit, meter)
         if streamed.would_stay(_nominal(config)):
             weights_at.close()
-            known = ResidentWeights(streamed.shapes, streamed.weights, limit) if named else ResidentWeights()
-            return load_all(source, **options), known
+            known = (streamed.shapes, streamed.weights) if named else ()
+            return load_all(source, **options), ResidentWeights(meter, *known)
         streamed.plan([1])  # below the smallest workable limit nothing is read
         streamed.open(check=not allow_nonfinite)
     except BaseException:

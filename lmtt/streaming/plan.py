@@ -16,10 +16,15 @@ import torch
 
 from lmtt.errors import InputError
 
-FIXED = 32 << 20  # threads, allocator, what importing on first use costs
+FIXED = 24 << 20  # threads, allocator, what is imported on first use: fitted to what runs took
 WORKSPACE = 64 << 20  # what the kernels are given, unless less fits
 SMALLEST_WORKSPACE = 1 << 20
+RECORD = 24  # bytes of a pair that is evaluated exactly, and of finding it again
+PREDICTION_WORKSPACE = (
+    16 << 20
+)  # of logits; of all phases this one would hold the most, and gains nothing by it
 PACKING = 4 / 3  # of a layer's experts, what transformers' packing holds besides
+LAYERS_AHEAD = 2  # read at most while one computes
 NOMINAL_TOKENS = 512  # a model that fits for a prompt of so many stays resident
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30,
           "TI": 2**40}  # fmt: skip
@@ -122,12 +127,46 @@ class Plan:
 
 
 def activations(shapes: Shapes, tokens: int) -> int:
-    """One layer's at once, with copies that the capture keeps: queries to outputs, MLP, norms, scores."""
+    """What a layer's forward takes at once, with copies that the capture keeps.
+
+    Queries to outputs, MLP, norms, scores.
+    """
     s, T = shapes, tokens
     attention = (s.heads + 2 * s.kv_heads) * s.d_head + 2 * (s.heads - s.kv_heads) * s.d_head
     attention += 4 * s.heads * s.d_head
     scores = 3 * s.heads * T * 4 if s.eager else T * s.itemsize
     return T * ((attention + 4 * s.d_mlp + 6 * s.d_model) * s.itemsize + 3 * s.d_model * 4 + scores)
+
+
+def captured(shapes: Shapes, tokens: int) -> int:
+    """What of it is still there when the kernels run."""
+    s = shapes
+    return tokens * ((s.heads + 2 * s.kv_heads) * s.d_head + s.d_mlp + 6 * s.d_model) * s.itemsize
+
+
+def attribution(shapes: Shapes, tokens: int, workspace: int) -> int:
+    """What the kernels of one layer take at once: what they widen to float32, workspace, and shares.
+
+    csrc/core divides the workspace: half for the pairs or rows being evaluated, a quarter for weights and
+    values in panels, a quarter for directions, each no more than there is.
+    """
+    s, T = shapes, tokens
+    copies = 1 if s.itemsize >= 4 else 2  # a weight is widened, then laid out in rows
+    states = 3 * T * s.d_model * 4 if s.itemsize < 4 else 0
+    heads = s.heads * s.d_head
+    panels = (2 * s.kv_heads * s.d_head * T + heads * s.d_model) * 4
+    attention = copies * heads * s.d_model * 4 + (heads + 2 * s.kv_heads * s.d_head) * T * 4
+    attention += min(workspace // 2, RECORD * s.heads * T * T // 2) + min(workspace // 4, T * heads * 4)
+    attention += (panels if panels <= workspace // 4 else 0) + 4 * T * T
+    neurons = (copies * s.d_model + s.d_model // 16) * s.d_mlp * 4
+    neurons += min(workspace // 2, 4 * T * s.d_mlp) + (T * s.d_mlp * 4 if s.itemsize < 4 else 0)
+    return max(attention, neurons) + states
+
+
+def predictions(shapes: Shapes, tokens: int) -> int:
+    """What logits over the vocabulary take at once, a tile of it at a time."""
+    raw_and_decoded = min(2 * PREDICTION_WORKSPACE, 8 * shapes.d_vocab * shapes.d_model)
+    return PREDICTION_WORKSPACE + raw_and_decoded + 3 * tokens * shapes.d_model * 4
 
 
 def estimate(
@@ -140,6 +179,10 @@ def estimate(
     full : the residual stream of every layer is kept.
     """
     longest, every = max(tokens), sum(tokens)
+    forward, loaded = activations(shapes, longest), (0 if resident else ring + weights.decoded_layer)
+    # Kernels run when a layer's forward is over; predictions come when its weights are gone, too.
+    kernels = captured(shapes, longest) + attribution(shapes, longest, workspace) - forward
+    working = max(0, kernels, predictions(shapes, longest) - loaded - forward)
     state = shapes.d_model * shapes.itemsize
     kept = every * (shapes.layers + 1) * (state if full else 0)
     edges = sum(min(T * T // 2, 64 * T) for T in tokens) * shapes.layers * 24
@@ -149,9 +192,8 @@ def estimate(
         ring=0 if resident else ring,
         decoded=0 if resident else weights.decoded_layer,
         hidden=2 * every * state,
-        activations=activations(shapes, longest),
-        # What a kernel widens to float32, and its workspace.
-        attribution=workspace + longest * (2 * shapes.d_mlp + 4 * shapes.d_model) * 4,
+        activations=forward,
+        attribution=working,
         results=kept + edges,
     )
 
@@ -172,24 +214,23 @@ def make_plan(
 
     Raises InputError with the smallest limit that works if this one does not.
     """
-    if may_stay or must_stay:
+    if may_stay and not must_stay:
         whole = estimate(shapes, weights, tokens, resident=True, ring=0, workspace=WORKSPACE, full=full)
         if whole.total <= limit:
             return Plan(True, WORKSPACE, whole)
-        if must_stay:
-            raise _too_little(limit, whole, tokens)
-    workspace = WORKSPACE
+    workspace, ring = WORKSPACE, 0 if must_stay else weights.raw_layer
     while True:
-        one = estimate(
-            shapes, weights, tokens, resident=False, ring=weights.raw_layer, workspace=workspace, full=full
-        )
+        one = estimate(shapes, weights, tokens, resident=must_stay, ring=ring, workspace=workspace, full=full)
         if one.total <= limit or workspace == SMALLEST_WORKSPACE:
             break
         workspace //= 4
     if one.total > limit:
         raise _too_little(limit, one, tokens)
-    ahead = min(limit - one.total, 2 * weights.raw_layer, max(0, weights.raw_total - weights.raw_layer))
-    ring = weights.raw_layer + ahead
+    if must_stay:
+        return Plan(True, workspace, one)
+    # A layer lies in one piece: room for part of one would never be used.
+    ahead = min(LAYERS_AHEAD, (limit - one.total) // max(1, weights.raw_layer)) * weights.raw_layer
+    ring = min(weights.raw_layer + ahead, weights.raw_total)
     return Plan(
         False,
         workspace,

@@ -42,6 +42,11 @@ class StoredRows:
         """What keeping it takes."""
         return self._info.nbytes
 
+    @property
+    def kept(self) -> bool:
+        """All rows are in memory."""
+        return self._kept is not None
+
     def keep(self) -> None:
         """Hold all rows as stored from now on; it is read once."""
         if self._kept is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from lmtt.errors import CheckpointError, StructureError
 from lmtt.kernels.host_memory import anonymous, reusing
 from lmtt.streaming.assign import Unit, assign, convert
 from lmtt.streaming.experts import Lender, split
+from lmtt.streaming.meter import Meter
 from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, make_plan
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
@@ -42,6 +43,11 @@ class LayerWeights(Protocol):
 
     resident: bool  # the model's own forward can be run
     traffic: Traffic
+    meter: Meter
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights that are in memory between two passes, as far as they are known."""
 
     def reading(
         self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True
@@ -61,14 +67,34 @@ class ResidentWeights:
 
     resident = True
 
-    def __init__(self, shapes: Shapes | None = None, weights: Weights | None = None, limit: int = 0) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        shapes: Shapes | None = None,
+        weights: Weights | None = None,
+    ) -> None:
         self.traffic = Traffic()
-        self._known = None if shapes is None or weights is None else (shapes, weights, limit)
+        self.meter = meter
+        self._known = None
+        if shapes is not None and weights is not None and meter.limit is not None:
+            self._known = (shapes, weights, meter.limit)
+
+    @property
+    def held(self) -> int:
+        return 0 if self._known is None else self._known[1].all
 
     @contextmanager
     def reading(self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True) -> Iterator[Turn]:
         self.workspace(tokens, full=full)
-        yield lambda _layer: nullcontext()
+        with self.meter.running(self.held):
+            yield self._turn
+            self.meter.mark("layers")
+
+    @contextmanager
+    def _turn(self, _layer: int) -> Iterator[None]:
+        yield
+        if self.meter.limit is not None:
+            self.meter.mark("layers")
 
     def workspace(self, tokens: Sequence[int], *, full: bool = True) -> int:
         if self._known is None:
@@ -92,7 +118,9 @@ class StreamedWeights:
         dtype: torch.dtype,
         device: torch.device,
         limit: int,
+        meter: Meter | None = None,
     ) -> None:
+        self.meter = Meter(device, limit) if meter is None else meter
         self._source, self._model, self._dtype, self._device = source, model, dtype, device
         self._stack = stack
         self._limit = limit
@@ -182,6 +210,11 @@ class StreamedWeights:
         """How a pass over such prompts would run. InputError if it does not fit."""
         return make_plan(self.shapes, self.weights, self._limit, tokens, full=full, may_stay=False)
 
+    @property
+    def held(self) -> int:
+        head = 0 if self._head is None or not self._head.kept else self._head.nbytes
+        return self.weights.rest + head
+
     def would_stay(self, tokens: int) -> bool:
         """Whether the limit holds the whole model with a prompt of so many tokens."""
         whole = estimate(self.shapes, self.weights, [tokens], resident=True, ring=0, workspace=WORKSPACE)
@@ -224,6 +257,11 @@ class StreamedWeights:
 
     @contextmanager
     def reading(self, layers: Sequence[int], tokens: Sequence[int], *, full: bool = True) -> Iterator[Turn]:
+        with self.meter.running(self.held), self._reading(layers, tokens, full) as turn:
+            yield turn
+
+    @contextmanager
+    def _reading(self, layers: Sequence[int], tokens: Sequence[int], full: bool) -> Iterator[Turn]:
         plan = self.plan(tokens, full=full)
         assert self._head is not None
         if plan.bytes.total + self._head.nbytes > self._limit:
@@ -239,6 +277,7 @@ class StreamedWeights:
             self.bytes_read += ring.bytes_read
             self.traffic.seconds_reading += ring.seconds_reading
             decoded.clear()  # whoever holds on to the turn does not hold on to its memory
+        self.meter.mark("layers")
         if plan.bytes.total - plan.arena - plan.bytes.decoded + self._head.nbytes <= self._limit:
             self._head.keep()
 
@@ -268,6 +307,8 @@ class StreamedWeights:
             self._evict(layer)
             if in_use:
                 ring.release(layer)
+        if self.meter.limit is not None:
+            self.meter.mark("layers")
 
     def _fill(self, unit: Unit, raw: Mapping[str, Tensor], room: Tensor) -> bool:
         """Give a unit's parameters their values; whether some of them are the raw bytes themselves."""
