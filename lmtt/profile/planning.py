@@ -19,6 +19,7 @@ from lmtt.checkpoint.load import Source, parse_dtype, quiet_transformers, resolv
 from lmtt.errors import InputError, StructureError
 from lmtt.profile.ceilings import DATA_SHEETS, Ceilings, data_sheet, known, of_this_machine
 from lmtt.profile.dims import Dims, check_tokens, dims_of, weights_of
+from lmtt.profile.efficiency import FITTED_ON
 from lmtt.profile.predict import ASSUMED_SHARE, Prediction, predict
 from lmtt.profile.work import NEURONS, expected_pairs, kept_bytes
 from lmtt.streaming.assign import build
@@ -84,7 +85,11 @@ class Planned:
             "run_bytes": self.run_bytes,
             "browser_bytes": self.browser_bytes,
             "ceilings": self.ceilings.to_json(),
-            "assumed": {"pairs": expected_pairs(self.tokens), "neurons": NEURONS},
+            "assumed": {
+                "pairs": expected_pairs(self.tokens),
+                "neurons": NEURONS,
+                "efficiency": FITTED_ON if self.ceilings.source == "measured" else ASSUMED_SHARE,
+            },
         }
 
     def lines(self) -> Iterator[str]:
@@ -110,11 +115,9 @@ class Planned:
         yield f"  {seconds_in_words(self.prediction.seconds):>10}  in all, loading the model not included"
         yield ""
         pairs = expected_pairs(self.tokens)
-        yield f"assumed: {pairs:.1%} of pairs and {NEURONS:.0%} of neurons survive screening" + (
-            ""
-            if self.ceilings.source == "measured"
-            else f"; {ASSUMED_SHARE:.0%} of the data sheet is reached"
-        )
+        reached = FITTED_ON if self.ceilings.source == "measured" else f"{ASSUMED_SHARE:.0%}"
+        yield f"assumed: {pairs:.1%} of pairs and {NEURONS:.0%} of neurons survive screening"
+        yield f"what phases reach of the ceilings: {reached}"
 
 
 def plan_run(
