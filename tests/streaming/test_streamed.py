@@ -12,6 +12,7 @@ import pytest
 import lmtt
 from lmtt.errors import InputError
 from lmtt.run.layout import pack
+from lmtt.streaming.plan import parse_bytes
 from lmtt.streaming.weights import StreamedWeights
 
 Make = Callable[[str], Path]
@@ -44,6 +45,37 @@ def test_same_bits_within_three_limits(checkpoint: Make, name: str) -> None:
         assert route == same
     assert np.array_equal(got.contribution_map(1, 2), trace.contribution_map(1, 2))
     assert got.neurons(1, 3, k=3) == trace.neurons(1, 3, k=3)
+
+
+@pytest.mark.model
+def test_smollm2_from_gguf_within_three_limits(demo_engine: Any) -> None:
+    ids = np.arange(12) * 37 + 5
+    want = demo_engine.trace(input_ids=ids)
+    for limit in ("100MiB", "128MiB", "2GiB"):
+        engine = lmtt.load(device="cpu", memory=limit)
+        assert engine.resident == (limit == "2GiB")
+        got = engine.trace(input_ids=ids)
+        assert_same(got, want)
+        assert got.cost["measured"]["limit"] == parse_bytes(limit)
+    route, same = (t.route(-1, 0.04).to_json() | {"cost": None} for t in (got, want))
+    assert route == same
+
+
+@pytest.mark.usefixtures("always_streamed")
+def test_targets_are_attributed_while_a_run_is_stored(checkpoint: Make, tmp_path: Path) -> None:
+    engine = lmtt.load(str(checkpoint("llama")), memory="101MiB")
+    ids = PROMPTS[1]
+    want = engine.trace(input_ids=ids, targets=[7]).logit_contributions(7)
+    stored = engine.trace(input_ids=ids, targets=[7], out=tmp_path / "run")
+    read = engine._weights.bytes_read
+    got = stored.logit_contributions(7)
+    assert engine._weights.bytes_read == read
+    again = lmtt.open(tmp_path / "run", engine=engine).logit_contributions(7)  # another pass
+    assert engine._weights.bytes_read > read
+    for one in (got, again):
+        np.testing.assert_array_equal(one.heads, want.heads)
+        assert np.isfinite(one.heads).all()
+        assert one.total == want.total
 
 
 @pytest.mark.usefixtures("always_streamed")
