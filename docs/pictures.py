@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 import lmtt
@@ -24,6 +25,10 @@ from lmtt.viz.state import Policy, Server
 PROMPT = "When Mary and John went to the store, John gave a drink to"
 PATIENCE = 180_000  # ms
 SIZES = {"light": (1280, 900), "dark": (1920, 1080)}
+SHOWN = {  # text by which a tab is known to be filled
+    "Lens": "Click a cell for its whole list.", "Contrast": "logit of", "Heads": "the route",
+    "Output": "generated", "Cost": "kept edges", "Save": "The route as it is shown now",
+}  # fmt: skip
 STRONGEST = """(root) => {
   const v = root.view, s = v.store;
   const late = (e) => s.source[e] !== s.target[e] && s.layer[e] > s.layers / 2;
@@ -54,19 +59,23 @@ def serve(trace: Any, engine: Any) -> str:
 def dashboard(page: Page, address: str, folder: Path, scheme: str, tabs: tuple[str, ...]) -> None:
     """The details of an edge, and each tab."""
     page.goto(address)
-    page.wait_for_selector(".rv-canvas")
-    if scheme == "dark":
-        page.locator("header button").last.click()
-        page.wait_for_selector("html[data-theme=dark]")
+    page.wait_for_selector(f"html[data-theme={scheme}] .rv-canvas")
     page.locator(".rv").evaluate(STRONGEST)
     page.get_by_text("what head").first.wait_for(timeout=120_000)
     page.wait_for_timeout(1500)
     page.screenshot(path=folder / f"dashboard-{scheme}.png")
     for tab in tabs:
         page.get_by_role("tab", name=tab).click()
-        page.get_by_text("One moment").last.wait_for(state="hidden")
+        page.get_by_text(SHOWN[tab]).first.wait_for()
         page.wait_for_timeout(1500)
         page.screenshot(path=folder / f"dashboard-{tab.lower().replace(' ', '-')}-{scheme}.png")
+
+
+def shrink(picture: Path) -> None:
+    """256 colours, which is a third of the bytes and looks the same."""
+    with Image.open(picture) as full:
+        small = full.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    small.save(picture, optimize=True)
 
 
 def main() -> None:
@@ -93,6 +102,8 @@ def main() -> None:
         page.screenshot(path=options.folder / "route.png")
         browser.close()
     route_file.unlink()
+    for picture in options.folder.glob("*.png"):
+        shrink(picture)
 
 
 if __name__ == "__main__":

@@ -402,6 +402,7 @@ _TABS = {
         "minHeight": 40,
         "fontSize": 13,
     },
+    "& .MuiTab-root.Mui-selected": {"color": "var(--text)", "fontWeight": 600},
     "& .MuiTabs-scrollButtons.Mui-disabled": {"display": "none"},
 }
 _CHOICE = {"& .MuiButtonBase-root": {"textTransform": "none", "whiteSpace": "nowrap", "py": 0.2}}

@@ -144,6 +144,7 @@ def heat(
     high: float | None = None,
     picked: Callable[[int, int], None] | None = None,
     row_height: int = 17,
+    least_width: int = 0,
 ) -> Any:
     """A grid of cells, row 0 at the bottom, with words in them if they fit; a click gives (row, column)."""
     theme = theme_of(dark)
@@ -168,6 +169,8 @@ def heat(
     plot = _plot(
         theme, title, height=int(110 + row_height * n), x=(-0.5, m - 0.5), y=(-0.5, n - 0.5), tools="save"
     )
+    if least_width:
+        plot.min_width = least_width
     cells = plot.rect(
         x="column", y="row", width=0.97, height=0.95, source=source, line_color=None,
         fill_color={"field": "value", "transform": mapper},

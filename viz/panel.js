@@ -31,6 +31,8 @@ export function render({ model }) {
     if (JSON.stringify(view.selected && view.meaning(view.selected)) !== JSON.stringify(model.picked))
       view.set({ selected: kind ? view.find(model.picked) : null });
   };
+  // Start and run may come in two messages: what a start of another run means here is the last token.
+  const place = ({ tokens }) => (model.position >= 0 && model.position < tokens ? model.position : tokens - 1);
   const load = async () => {
     const mine = ++loading;
     view?.destroy();
@@ -48,7 +50,7 @@ export function render({ model }) {
     if (mine !== loading) return; // another run came in meanwhile
     view = new RouteView(root, store, {
       threshold: model.threshold,
-      position: model.position < 0 ? undefined : model.position,
+      position: place(store),
       tables: false, // the server's own files hold more
       onState: (state) => Object.assign(model, state),
       onPick: (picked) => { model.picked = picked; },
@@ -58,8 +60,8 @@ export function render({ model }) {
     root.dataset.ready = String(mine);
   };
   const state = () => {
-    if (view && (model.threshold !== view.threshold || model.position !== view.position))
-      view.set({ threshold: model.threshold, position: model.position });
+    if (view && (model.threshold !== view.threshold || place(view.store) !== view.position))
+      view.set({ threshold: model.threshold, position: place(view.store) });
   };
   model.on("store", load);
   model.on("dark", theme);

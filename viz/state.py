@@ -159,7 +159,8 @@ class State(param.Parameterized):  # type: ignore[misc] # param ships no types
         floor = float(shown.trace.meta["floor"])
         if not keep:
             generation = shown.generation
-            values |= {"position": -1 if generation is None else generation.prompt - 1, "picked": {}}
+            last = len(shown.trace.tokens) if generation is None else generation.prompt
+            values |= {"position": last - 1, "picked": {}}
         if self.threshold < floor:
             values["threshold"] = max(floor, 0.04)
         self.param.update(**values)

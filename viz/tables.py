@@ -55,8 +55,9 @@ def words(found: Iterable[tuple[str, int, float]]) -> str:
 
 
 def share(value: float, of: float = 1.0) -> str:
-    """A bar and its number."""
-    return meter(min(1.0, max(0.0, value / of if of else 0.0)))
+    """A bar for a value's size, of another colour if it is negative."""
+    bar = meter(min(1.0, abs(value) / of if of else 0.0))
+    return bar.replace('class="meter"', 'class="meter minus"') if value < 0 else bar
 
 
 def sentence(text: str) -> str:

@@ -15,13 +15,14 @@ from lmtt.graph.text import token_label, visible
 from lmtt.trace import Trace
 from lmtt.viz import figures, tables
 from lmtt.viz.edge_view import NO_MODEL
-from lmtt.viz.panes import Ask, bokeh
+from lmtt.viz.panes import WIDE, Ask, bokeh
 
 if TYPE_CHECKING:
     from lmtt.generate import Generation
 
 LENS_POSITIONS = 40  # columns of the lens; of a longer prompt those before the start
 LENS_ROWS = 40
+WORD, CELL = 6, 42  # characters of a token in a cell of the lens, pixels of a cell
 LENS_STEP = 4  # layers to a question, so that others are answered in between
 PARTS = 14
 Html = Callable[[str], Any]
@@ -60,8 +61,6 @@ async def lens(
         "rank": (1 / (1 + rank), f"1 / rank of {label}: dark where it comes first", 1.0, "attention"),
     }
     shade, title, high, ramp = choices[shown]
-    narrow = len(positions) > 20
-    width = max(2, 52 // max(1, len(positions)))
     extra = {
         "says": [token_label(w, 40) for row in words for w in row],
         "p": [f"{x:.4f}" for x in p.ravel()],
@@ -73,13 +72,14 @@ async def lens(
     plot = figures.heat(
         shade, dark, title=title, columns=[token_label(trace.tokens[p], 12) for p in positions],
         rows=[f"{layer}" for layer in layers], extra=extra, high=high, ramp=ramp, row_height=18,
-        words=None if narrow else [[token_label(w, width) for w in row] for row in words],
+        words=[[token_label(w, WORD) for w in row] for row in words], least_width=80 + CELL * len(positions),
         picked=lambda r, c: pick(
             {"kind": "node", "layer": layers[r], "site": "post", "position": positions[c]}
         ),
     )  # fmt: skip
     left_out = f" Positions {positions[0]} to {positions[-1]} of {T}." if len(positions) < T else ""
-    return [bokeh(plot), html(tables.sentence(f"Click a cell for its whole list.{left_out}"))]
+    scrolled = pn.Row(bokeh(plot), scroll="x-auto", **WIDE)  # as wide as its words need
+    return [scrolled, html(tables.sentence(f"Click a cell for its whole list.{left_out}"))]
 
 
 async def contrast(
@@ -94,23 +94,23 @@ async def contrast(
     found = await ask(lambda: trace.logit_contributions(what, against, position))
     parts = found.top(PARTS)
     top = max((abs(p.logit) for p in parts), default=1.0)
-    rows = [[f"{p.logit:+.3f}", tables.share(abs(p.logit), top), tables.safe(p.what)] for p in parts]
+    rows = [[f"{p.logit:+.3f}", tables.share(p.logit, top), tables.safe(p.what)] for p in parts]
     name = visible(found.name)
     heading = f"logit of {name}: {found.logit:.3f}" + (" (target − foil)" if against else "")
     mlps = found.neurons.sum(1, dtype=np.float64)
     L, H = found.per_head.shape
     plot = figures.heat(
-        found.per_head, dark, title="layers × heads: what each wrote towards it",
+        found.per_head, dark, title="what each head wrote towards it",
         columns=[str(h) for h in range(H)], rows=[str(layer) for layer in range(L)], diverging=True,
         row_height=11,
     )  # fmt: skip
     side = figures.heat(
-        mlps[:, None], dark, title="MLPs", columns=["MLP"], rows=[str(layer) for layer in range(L)],
+        mlps[:, None], dark, title="each MLP", columns=[""], rows=[str(layer) for layer in range(L)],
         diverging=True, row_height=11,
     )  # fmt: skip
     return [
         html(f"<h4>{tables.safe(heading)}</h4>{tables.table(['logit', '', 'part'], rows, numbers=(0,))}"),
-        pn.Row(bokeh(plot), pn.pane.Bokeh(side, width=170), sizing_mode="stretch_width"),
+        pn.Row(bokeh(plot), pn.pane.Bokeh(side, width=170, sizing_mode="fixed"), **WIDE),
     ]
 
 

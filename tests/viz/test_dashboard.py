@@ -135,6 +135,16 @@ def test_every_click_path(watched, serving, models, traced, tmp_path):
     one.page.wait_for_url("**position=2**")
     one.expect(f"{len(route(traced.data, 2, 0.04).edges):,} edges above 0.04")
 
+    # Another run starts at its own last token, and the one before is still there.
+    one.trace("Paris")
+    one.page.get_by_label("Recent runs").wait_for(timeout=60_000)
+    assert "Paris" in one.page.get_by_label("Recent runs").inner_text()
+    for _ in range(100):
+        if one.view("v && v.store.tokens") == 1:
+            break
+        one.page.wait_for_timeout(100)
+    assert one.view("[v.store.tokens, v.position]") == [1, 0]
+
 
 @pytest.mark.model
 def test_one_person_sees_nothing_of_another_and_waits_in_no_line_to_look(watched, serving, models):
