@@ -53,7 +53,7 @@ def write_llama(folder: Path, dtype: torch.dtype, *, tied: bool = False, **sizes
     import transformers
 
     config = transformers.LlamaConfig(
-        **{"max_position_embeddings": 8192, **sizes},  # type: ignore[arg-type] # sizes only
+        **{"max_position_embeddings": 8192, **sizes},
         tie_word_embeddings=tied,
         dtype=dtype,
     )
