@@ -10,6 +10,8 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+import torch
+
 from lmtt.profile.clock import Span
 from lmtt.streaming.meter import forgotten_peak
 
@@ -36,21 +38,22 @@ def _difference(statm: bytes) -> int:
 
 
 class Sampler:
-    """Samples `anonymous_bytes` from a thread of its own while it is entered.
+    """Samples `anonymous_bytes`, on CUDA what torch has allocated there, from a thread of its own.
 
     The system's own peak (VmHWM) covers the life of a process and cannot be told by phases.
     """
 
-    def __init__(self, started: float) -> None:
+    def __init__(self, started: float, device: str = "cpu") -> None:
         self._started = started
+        self._device = device if device.startswith("cuda") else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lmtt-memory", daemon=True)
         self.samples: list[tuple[float, int]] = []  # seconds from `started`, bytes
-        self.before = anonymous_bytes() or 0
+        self.before = (anonymous_bytes() or 0) if self._device is None else self._allocated()
         self.own_seconds = 0.0  # processor time that sampling took
 
     def __enter__(self) -> Sampler:
-        if anonymous_bytes() is not None:
+        if self._device is not None or anonymous_bytes() is not None:
             self._thread.start()
         return self
 
@@ -61,16 +64,21 @@ class Sampler:
         if self._thread.is_alive():
             self._thread.join()
 
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
     def _run(self) -> None:
-        number = os.open(_STATM, os.O_RDONLY)  # kept open: opening it costs ten times what reading does
+        # Kept open: opening it costs ten times what reading does.
+        number = None if self._device is not None else os.open(_STATM, os.O_RDONLY)
         try:
             while True:
-                now = _difference(os.pread(number, 128, 0))
+                now = self._allocated() if number is None else _difference(os.pread(number, 128, 0))
                 self.samples.append((time.perf_counter() - self._started, now))
                 if self._stop.wait(INTERVAL):
                     break
         finally:
-            os.close(number)
+            if number is not None:
+                os.close(number)
         self.own_seconds = time.thread_time()
 
     def peaks(self, spans: Sequence[Span]) -> dict[str, int]:

@@ -116,7 +116,7 @@ def measure(
     proved = engine.proved
     with ExitStack() as stack:
         recorder = stack.enter_context(recording())
-        sampler = stack.enter_context(Sampler(recorder.started))
+        sampler = stack.enter_context(Sampler(recorder.started, engine.info.device))
         trace = run()
         traced = time.perf_counter() - recorder.started
         trace.route(position, threshold)

@@ -231,3 +231,13 @@ def test_memory_is_seen_in_the_phase_that_holds_it() -> None:
     peaks = sampler.peaks(spans)
     assert peaks["lens"] - peaks["forward"] >= 60 << 20
     assert sampler.peak == peaks["lens"]
+
+
+def test_memory_of_a_gpu_is_what_torch_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([100, 100, 300, *[200] * 1000])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(held))
+    with Sampler(time.perf_counter(), "cuda:0") as sampler:
+        deadline = time.perf_counter() + 30
+        while len(sampler.samples) < 3 and time.perf_counter() < deadline:
+            time.sleep(0.01)
+    assert (sampler.before, sampler.peak) == (100, 300)
