@@ -103,7 +103,7 @@ class Planned:
             size = int(getattr(plan.bytes, part.name))
             if size:
                 yield f"  {in_words(size):>10}  {BYTES_OF[part.name]}"
-        yield f"  {in_words(plan.workspace):>10}  of that is what kernels work in at a time"
+        yield f"  {in_words(plan.workspace):>10}  at most for kernels to work in, counted above where used"
         yield f"  {in_words(self.run_bytes):>10}  on disk, if the run is stored"
         yield f"  {in_words(self.browser_bytes):>10}  to a browser, for the whole graph"
         yield ""
