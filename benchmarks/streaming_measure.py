@@ -57,10 +57,14 @@ def io_bytes() -> dict[str, int]:
 
 
 class Peak:
-    """The most that RssAnon + RssShmem was above its value at the start."""
+    """The most that RssAnon + RssShmem was above its value at the start, and the most that was resident.
+
+    Sampled, since whoever measures memory within the run may set the system's own mark (VmHWM) back.
+    """
 
     def __init__(self) -> None:
         self.start = self.most = status_bytes("RssAnon", "RssShmem")
+        self.resident = status_bytes("VmHWM")
         self._over = threading.Event()
 
     @property
@@ -72,6 +76,7 @@ class Peak:
         def watch() -> None:
             while not self._over.wait(SAMPLE_SECONDS):
                 self.most = max(self.most, status_bytes("RssAnon", "RssShmem"))
+                self.resident = max(self.resident, status_bytes("VmHWM"))
 
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
@@ -94,7 +99,7 @@ def measured(load: Callable[[], Any], run: Callable[[Any], Any]) -> tuple[dict[s
     figures = {
         "seconds": {"load": loaded_at - start, "run": end - loaded_at, "total": end - start},
         "peak_above_load": peak.above,
-        "peak_rss": status_bytes("VmHWM"),
+        "peak_rss": peak.resident,
         "rchar": after["rchar"] - before["rchar"],
         "read_bytes": after["read_bytes"] - before["read_bytes"],
     }
