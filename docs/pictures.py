@@ -1,7 +1,7 @@
 """The pictures that README and docs show: the exported page and the dashboard, in headless Chromium.
 
 Run by docs/pictures.sh. One run is traced, the strongest late attention edge clicked, and each view is taken
-in light and dark at both widths that the pages are looked at in.
+in light at 1280 and in dark at 1920 pixels; the pages show some of them, all are there to be looked at.
 """
 
 from __future__ import annotations
