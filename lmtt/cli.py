@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from lmtt import __version__
 from lmtt.errors import InputError, LmttError, RunError, one_line
+from lmtt.interrupt import Interrupts, TerminatedError
 from lmtt.profile.command import add_cost_options, add_parsers, show_cost
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         options = _parser().parse_args(arguments)
+        options.arguments = arguments
         options.run(options)
         sys.stdout.flush()
     except LmttError as error:
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lmtt: interrupted", file=sys.stderr)
         return 130
-    except _TerminatedError:
+    except TerminatedError:
         print("lmtt: terminated", file=sys.stderr)
         return 143
     except BrokenPipeError:
@@ -71,12 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _TerminatedError(BaseException):
-    pass
-
-
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise _TerminatedError
+    raise TerminatedError
 
 
 # --- arguments ---
@@ -255,11 +254,13 @@ def _trace(options: argparse.Namespace) -> None:
         )
     if options.out and not options.resume:
         _check_run_free(Path(options.out), options.force)
+    if by_layer:
+        _check_unlocked(Path(options.out))
 
     from lmtt.engine import check_backend, load
 
     check_backend(options.backend)
-    with _progress() as report:
+    with _stoppable(options, by_layer) as interrupts, _progress() as report:
         engine = load(
             options.model,
             device=options.device,
@@ -284,7 +285,12 @@ def _trace(options: argparse.Namespace) -> None:
             stored = (
                 {"out": options.out, "resume": options.resume, "force": options.force} if by_layer else {}
             )
-            trace = engine.trace(text, targets=tokens, **stored, **common)
+            if by_layer:
+                common["progress"] = interrupts.between_layers(report)
+                with interrupts.held():
+                    trace = engine.trace(text, targets=tokens, **stored, **common)
+            else:
+                trace = engine.trace(text, targets=tokens, **common)
         else:
             for token in tokens:
                 engine.token_id(token)
@@ -312,9 +318,14 @@ def _show(options: argparse.Namespace) -> None:
     if options.cost:
         show_cost(options)
         return
+    from lmtt.run.partial import read_partial
     from lmtt.run.reader import read_run
     from lmtt.trace import Trace
 
+    files = (options.html, options.json, options.csv, options.neuronpedia)
+    if not any(files) and (partial := read_partial(options.path)) is not None:
+        print("\n".join(partial.lines()))
+        return
     trace = Trace(read_run(options.path, residual=False))
     position = -1 if options.position is None else options.position
     _deliver(trace, trace.route(position, options.threshold, options.renormalize), options)
@@ -476,6 +487,49 @@ def _check_writable(path: str | None) -> None:
             pass
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}", remedy="name a writable folder") from None
+
+
+@contextmanager
+def _stoppable(options: argparse.Namespace, by_layer: bool) -> Iterator[Interrupts]:
+    """Signals wait for the layer in hand; what was stored by then is named, and the way to go on."""
+    waits = "stopping when the layer in hand is stored; once more to stop at once"
+    try:
+        with Interrupts(waits) as interrupts:
+            yield interrupts
+    except (KeyboardInterrupt, TerminatedError):
+        if by_layer:
+            _say_how_to_resume(options)
+        raise
+
+
+def _say_how_to_resume(options: argparse.Namespace) -> None:
+    from lmtt.run.partial import read_partial
+
+    try:
+        partial = read_partial(options.out)
+    except RunError:
+        return
+    if partial is None:
+        return
+    words = [word for word in options.arguments if not (len(word) > 4 and "--force".startswith(word))]
+    if not options.resume:
+        words.append("--resume")
+    print(f"lmtt: {partial.done} of {partial.layers} layers are stored; go on with:", file=sys.stderr)
+    print(f"  {shlex.join(['lmtt', *words])}", file=sys.stderr)
+
+
+def _check_unlocked(path: Path) -> None:
+    """Find out that another process writes the run before a model is read; the lock comes with the run."""
+    from lmtt.run.files import lock, open_directory
+
+    try:
+        directory = open_directory(path)
+    except OSError:
+        return  # not there yet, or refused by name when it is opened
+    try:
+        lock(directory, path)
+    finally:
+        os.close(directory)
 
 
 def _check_run_free(path: Path, force: bool) -> None:
