@@ -14,7 +14,7 @@ import pytest
 
 from lmtt.cli import main
 
-# LMTT_EVERY_FAULT=1 takes four minutes: 64 kills, and every step of a run failing once. Otherwise a part of both.
+# LMTT_EVERY_FAULT=1 takes four minutes: 64 kills, and every step of a run failing once. Otherwise a part.
 EVERY = os.environ.get("LMTT_EVERY_FAULT") == "1"
 KILLS = 64 if EVERY else 16
 STEPS = ("open", "write", "fsync", "replace", "unlink")  # what a commit asks of the system
