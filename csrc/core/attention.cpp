@@ -29,6 +29,7 @@ constexpr int64_t kDirectionRows = 512;  // rows of directions that one thread t
 constexpr int kAttempts = 3;
 constexpr double kAim = 0.7;
 // Before records are evaluated: their exact proximities, as a part of their first-order values, on real activations.
+// Only guesses how far a threshold is lowered.
 constexpr double kExactPart = 0.75;
 
 // Rows screened together, and what they leave for the later steps.
@@ -100,7 +101,7 @@ class Pass {
   std::vector<char> lowered;                // [T]: rows with a lower threshold than was asked for
   std::vector<PartsRow> parts;              // [T]
   std::vector<double> uncertain, signed_sum, absolute;  // [T], as ScreenSums
-  std::vector<double> expected;             // [T]: the normaliser, before records are evaluated
+  std::vector<double> expected, first_order;  // [T]: the normaliser without records, and those as they are screened
   std::vector<int64_t> positive, evaluated;             // [T]
   Buffer<double> head_sums;                 // [T, H]
   Buffer<float> margin;                     // [H, width]: rounding error of R v^T at most
@@ -119,7 +120,7 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
   block_rows = T <= 512 || T > 4096 ? 12 : 24;  // few at small T for balance, few at large T for cache
   record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Record*));
   packed = (in.H_kv * width * (E + E_v) + H * E_v * width_of_D) * int64_t(sizeof(float)) <= in.workspace / 4;
-  threshold.resize(T), listed.resize(T), doubtful.resize(T), lowered.resize(T), parts.resize(T), uncertain.resize(T), expected.resize(T), signed_sum.resize(T), absolute.resize(T);
+  threshold.resize(T), listed.resize(T), doubtful.resize(T), lowered.resize(T), parts.resize(T), uncertain.resize(T), expected.resize(T), first_order.resize(T), signed_sum.resize(T), absolute.resize(T);
   positive.resize(T), evaluated.resize(T);
   if (in.keep_pairs) kept.resize(T);
   head_sums = Buffer<double>(T * H);
@@ -414,22 +415,24 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
   return true;
 }
 
-// Lowers the thresholds of rows whose certificate is going to be too large, and drops their records.
+// Lowers the thresholds of rows whose certificate is certain to be too large, and drops their records. Exact
+// proximities are at most the first-order values, so that a row's normaliser is at most the sum of all it has now.
 void Pass::set_doubtful_aside(Block& block, const int32_t* rows) {
   for (const int32_t n : block.at) {
     const int64_t i = rows[n];
-    expected[i] = parts[i].fixed;
+    first_order[i] = 0, expected[i] = parts[i].fixed;
     for (int64_t h = 0; h < H; ++h) expected[i] += head_sums[i * H + h];
   }
   for (const Record& record : block.records) {
-    if (record.coefficient != 0 && record.value > 0) expected[record.row] += kExactPart * record.value;
+    if (record.coefficient != 0 && record.value > 0) first_order[record.row] += record.value;
   }
   bool any = false;
   for (const int32_t n : block.at) {
     const int64_t i = rows[n];
-    const double guess = certificate(uncertain[i], expected[i]);
-    doubtful[i] = guess > in.max_certificate;
-    if (doubtful[i]) lower_threshold(i, guess), any = true;
+    doubtful[i] = certificate(uncertain[i], expected[i] + first_order[i]) > in.max_certificate;
+    if (!doubtful[i]) continue;
+    lower_threshold(i, certificate(uncertain[i], expected[i] + kExactPart * first_order[i]));
+    any = true;
   }
   if (!any) return;
   int64_t left = 0, end = 0;
