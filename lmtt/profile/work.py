@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from lmtt.profile.ceilings import Ceilings
 from lmtt.profile.dims import Dims
+from lmtt.streaming.plan import PREDICTION_WORKSPACE
 
 # Lanes for each coordinate of an exact evaluation: multiply-subtract, two for the sign, maximum, addition,
 # and a multiplication and a comparison for each block of sixteen.
@@ -25,7 +26,6 @@ LAUNCHES = {  # small operations for each layer, as counted in the engine's loop
     "dry run": 2, "read": 2, "decode": 12, "forward": 60, "closure": 40, "screening": 4,
     "exact evaluation": 2, "reduction": 60, "transfer": 4, "store": 20,
 }  # fmt: skip
-PREDICTION_WORKSPACE = 16 << 20  # bytes of logits that are held at a time
 
 
 @dataclass(frozen=True)
