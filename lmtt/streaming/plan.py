@@ -163,10 +163,14 @@ def attribution(shapes: Shapes, tokens: int, workspace: int) -> int:
     return max(attention, neurons) + states
 
 
-def predictions(shapes: Shapes, tokens: int) -> int:
-    """What logits over the vocabulary take at once, a tile of it at a time."""
-    raw_and_decoded = min(2 * PREDICTION_WORKSPACE, 8 * shapes.d_vocab * shapes.d_model)
-    return PREDICTION_WORKSPACE + raw_and_decoded + 3 * tokens * shapes.d_model * 4
+def predictions(shapes: Shapes, tokens: int, *, resident: bool) -> int:
+    """What logits over the vocabulary take at once, a tile of it at a time.
+
+    A tile that is read is held as stored and as computed with; a resident one is used where it lies.
+    """
+    tiles = 0 if resident and shapes.itemsize >= 4 else 1 if resident else 2
+    held = min(tiles * PREDICTION_WORKSPACE, 4 * tiles * shapes.d_vocab * shapes.d_model)
+    return PREDICTION_WORKSPACE + held + 3 * tokens * shapes.d_model * 4
 
 
 def estimate(
@@ -182,7 +186,7 @@ def estimate(
     forward, loaded = activations(shapes, longest), (0 if resident else ring + weights.decoded_layer)
     # Kernels run when a layer's forward is over; predictions come when its weights are gone, too.
     kernels = captured(shapes, longest) + attribution(shapes, longest, workspace) - forward
-    working = max(0, kernels, predictions(shapes, longest) - loaded - forward)
+    working = max(0, kernels, predictions(shapes, longest, resident=resident) - loaded - forward)
     state = shapes.d_model * shapes.itemsize
     kept = every * (shapes.layers + 1) * (state if full else 0)
     edges = sum(min(T * T // 2, 64 * T) for T in tokens) * shapes.layers * 24
