@@ -29,21 +29,22 @@ WIDTHS = (64, 80, 96, 112, 128, 192, 256)
 
 Types = dict[str, str]
 TENSORS: Types = {
-    **dict.fromkeys(
-        ("v_scale", "w_scale", "lse", "out", "out_g", "per_source", "per_row", "threshold"), "*fp32"
-    ),
+    **dict.fromkeys(("unit", "x", "lse", "out", "out_g", "per_source", "per_row", "threshold"), "*fp32"),
     **dict.fromkeys(
         ("listed", "whole_norm", "edges", "head_part", "stats", "values", "coefficient"), "*fp32"
     ),
     **dict.fromkeys(("norms", "bound", "largest", "exponentials", "u"), "*fp32"),
+    **dict.fromkeys(("high", "low"), "*fp16"),
     **dict.fromkeys(
         ("keep_bits", "rows", "bits", "tiles", "pair_head", "pair_source", "pair_row", "u_row", "row"), "*i32"
     ),
+    **dict.fromkeys(("by_row", "by_source"), "*i32"),
 }
 SCALARS: Types = {
     **dict.fromkeys(
         ("count", "heads", "group", "tokens", "window", "width", "pairs", "neurons", "vocabulary"), "i32"
     ),
+    "first_head": "i32",
     **dict.fromkeys(("out_head", "mask_head"), "i64"),
     **dict.fromkeys(("scale", "softcap", "margin"), "fp32"),
 }
@@ -94,7 +95,9 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
     from lmtt.kernels.directional_attention import fused as directional
     from lmtt.kernels.neurons import fused as neurons
     from lmtt.kernels.proximity import fused as proximity
+    from lmtt.kernels.proximity import screen
     from lmtt.kernels.triton_host import depth_step, tile
+    from lmtt.kernels.triton_split import _split
     from lmtt.kernels.unembed_topk import fused as unembed
 
     plain = {"SOFTCAP": False, "WINDOW": False, "MASK": 0, "ALIBI": False}
@@ -107,11 +110,22 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
             sizes = {**heads, "BM": t.BM, "BN": t.BN, "SPLIT": split}
             some = {"warps": t.warps, "stages": t.stages, "elements": t.BM * t.BN}
             wide = {**some, "warps": t.screen_warps}
+            inside = t.inside if split and width in (64, 128) else 0
+            if inside:
+                of_tile = {"E": width, "BM": t.BM, "BN": inside, "WINDOW": False}
+                within = {"warps": t.inside_warps, "stages": t.stages, "elements": t.BM * inside}
+                yield Case(f"tiles inside {name} {width}", directional._tiles_inside, name, of_tile, **within)
+                for keep in (True, False):
+                    label = f"screen inside{' and kept' if keep else ''} {name} {width}"
+                    yield Case(
+                        label, screen._screen_inside, name,
+                        {**of_tile, "PART": t.BN, "KEEP": keep}, **within,
+                    )  # fmt: skip
             yield Case(
                 f"screen_l1 {name} {width}",
-                proximity._screen,
+                screen._screen,
                 name,
-                {**sizes, **plain, "L2": False, "KEEP": True},
+                {**sizes, **plain, "L2": False, "KEEP": True, "INSIDE": inside},
                 **wide,
             )
             if width == 128 or (not split and not full) or full:
@@ -119,27 +133,27 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                     f"tiles {name} {width}",
                     directional._tiles,
                     name,
-                    {**sizes, **plain, "PER_HEAD": False},
+                    {**sizes, **plain, "PER_HEAD": False, "INSIDE": inside},
                     **some,
                 )
             if width != 128:
                 continue
             yield Case(
                 f"screen_l1 all features {name} {width}",
-                proximity._screen, name, {**sizes, **loaded, "L2": False, "KEEP": True}, **wide,
+                screen._screen, name, {**sizes, **loaded, "L2": False, "KEEP": True, "INSIDE": 0}, **wide,
             )  # fmt: skip
             yield Case(
                 f"screen_l2 {name} {width}",
-                proximity._screen,
+                screen._screen,
                 name,
-                {**sizes, **plain, "L2": True, "KEEP": True},
+                {**sizes, **plain, "L2": True, "KEEP": True, "INSIDE": 0},
                 **wide,
             )
             yield Case(
                 f"tiles per head {name} {width}",
                 directional._tiles,
                 name,
-                {**sizes, **plain, "PER_HEAD": True},
+                {**sizes, **plain, "PER_HEAD": True, "INSIDE": 0},
                 **some,
             )
             yield Case(
@@ -159,6 +173,10 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                  "BD": proximity.DENSE_DEPTH, **plain, "ROW_SCALE": False},
                 4, 2, 32 * proximity.DENSE_SOURCES * proximity.DENSE_DEPTH,
             )  # fmt: skip
+            words = screen.TURNED_WORDS
+            if split:
+                yield Case("turn_bits", screen._turn_bits, name, {"WORDS": words}, 4, 3, words * 1024)
+                yield Case("split", _split, name, {"BLOCK": 1024}, 4, 3, 1024)
             bl = proximity.COEFFICIENT_PAIRS
             yield Case(
                 f"coefficients {name} {width}", proximity._coefficients, name,
@@ -187,6 +205,8 @@ def compile_triton(case: Case, chip: int) -> Report:
     if "SPLIT" in case.constants:
         own |= dict.fromkeys(("v", "w", "w_low") if case.constants["SPLIT"] else (), "*fp16")
         own |= dict.fromkeys(("w", "w_low") if not case.constants["SPLIT"] else (), "*fp32")
+    elif function.__name__.endswith("_inside"):
+        own |= dict.fromkeys(("v", "w", "w_low"), "*fp16")
     if function.__name__ == "_logits":
         own["out"] = "*fp32"
     types = {**TENSORS, **SCALARS, **own}
@@ -278,13 +298,15 @@ def innermost_loop(sass: str) -> Counter[str]:
             target = int(match[1], 16)
             if target < at:
                 loops.append((target, at))
+    calls = [(at, int(m[1], 16)) for at, text in lines if (m := re.search(r"CALL\S*\s+(0x[0-9a-f]+)", text))]
     names = {at: re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for at, text in lines}
     found = []
     for a, b in loops:
         within = Counter(name for at, name in names.items() if a <= at <= b and name != "NOP")
         holds_another = any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)
-        # Jumps back from code set aside for calls are no loops.
-        if not holds_another and not within["CALL"] and not within["ENDCOLLECTIVE"]:
+        # Jumps back from code set aside for calls are no loops; a call of what follows is how sm_80 exits.
+        leaves = sum(a <= at <= b < target <= b + 0x20 for at, target in calls)
+        if not holds_another and within["CALL"] == leaves and not within["ENDCOLLECTIVE"]:
             found.append(within)
     return max(found, key=Counter.total, default=Counter())
 

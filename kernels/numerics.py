@@ -80,6 +80,11 @@ def tensor_core_margin(terms: int, split: bool) -> float:
     return g / (1 - g)
 
 
+# Two float16 terms lose what lies 39 binary digits below the largest number that they share a scale with:
+# half of the smallest subnormal number, 2^-25, where the largest is at least 2^13; here with some room.
+SPLIT_LOSS = 2.0**-37
+
+
 def proximity_tolerance(
     dtype: torch.dtype, part_norm: Tensor, whole_norm: Tensor, kappa: Tensor | float = 0.0
 ) -> Tensor:

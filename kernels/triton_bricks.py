@@ -118,36 +118,69 @@ def pair_weights(
 
 @triton.jit
 def pair_products(
-    v, v_scale, w, w_low, w_scale, r, real, j, head, heads, group, tokens,
+    v, w, w_low, unit, r, real, j, head, heads, group, tokens,
     E_V: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """<v[j], w[r, head]> [BM, BN], float32. With SPLIT, w is two float16 terms and both sides are scaled."""
+    """<v[j], w[r, head]> [BM, BN], float32. With SPLIT, w is two float16 terms in `unit` [R]."""
     from_w = (r * heads + head).to(tl.int64) * E_V
-    source = head // group * tokens + j
-    from_v = source.to(tl.int64) * E_V
+    from_v = (head // group * tokens + j).to(tl.int64) * E_V
     zero = tl.zeros([BM, BN], tl.float32)
     if SPLIT:
         g = dot_rows_split(zero, w, w_low, from_w, real, v, from_v, j < tokens, E_V, BE)
-        of_r = tl.load(w_scale + r * heads + head, mask=real, other=0.0)
-        of_j = tl.load(v_scale + source, mask=j < tokens, other=0.0)
-        return g * of_r[:, None] * of_j[None, :]
+        return g * tl.load(unit + r, mask=real, other=0.0)[:, None]
     return dot_rows(zero, w, from_w, real, v, from_v, j < tokens, E_V, BE)
+
+
+@triton.jit
+def is_inside(
+    row_block, source_block, rows, count, window, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Whether consecutive rows see all pairs of this tile: such a tile needs no mask of any kind."""
+    first = tl.load(rows + row_block * BM)
+    whole = ((row_block + 1) * BM <= count) & (source_block * BN + BN <= first + 1)
+    if WINDOW:
+        whole = whole & (first + BM - source_block * BN <= window)
+    return whole
+
+
+@triton.jit
+def inside_pairs(
+    q, w, w_low, lse, keys, values, at_q, at_w, i, head, tokens, log2_scale, E: tl.constexpr
+):  # fmt: skip
+    """A and <v, w> in units of the row, as two float32 terms, of a tile that `is_inside`: [BM, BN] each.
+
+    Two accumulators and not one: of a chain of products the compiler does the first one twice.
+    """
+    queries = tl.load(q + (head * tokens).to(tl.int64) * E + at_q)
+    high, low = tl.load(w + head * E + at_w), tl.load(w_low + head * E + at_w)
+    total = tl.load(lse + head * tokens + i) * LOG2_E
+    weight = tl.exp2(tl.dot(queries, keys) * log2_scale - total[:, None])
+    return weight, tl.dot(high, values), tl.dot(low, values)
+
+
+@triton.jit
+def load_inside(base, kv, at, tokens, E: tl.constexpr):
+    """Keys or values of one key/value head, [E, BN]."""
+    return tl.load(base + (kv * tokens).to(tl.int64) * E + at)
+
+
+@triton.jit
+def fold(x, BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr):
+    """Sums over a part of each row, [BM, BN / PART, 4], no two threads sharing one: the 4 remain to be added.
+
+    This is how the results of a product lie in threads: 2 next to each other, 4 threads, and so on.
+    """
+    return tl.sum(tl.sum(tl.reshape(x, [BM, BN // PART, PART // 8, 4, 2]), 4), 2)
+
+
+@triton.jit
+def pack(which, BM: tl.constexpr, BN: tl.constexpr):
+    """Bits of rows [BM, BN] as int32 [BM, BN / 32]: bit b of word m is source 32 m + b."""
+    bit = tl.full([1, BN], 1, tl.int32) << (tl.arange(0, BN) % 32)[None, :]
+    return tl.sum(tl.reshape(tl.where(which, bit, 0), [BM, BN // 32, 32]), 2)
 
 
 @triton.jit
 def positive(x):
     """max(0, x); NaN stays NaN."""
-    return tl.where(x <= 0, 0.0, x)
-
-
-@triton.jit
-def store_bits(which, bits, word, words, group, groups_real, BM: tl.constexpr, BN: tl.constexpr):
-    """which [BM, BN] as bits[group, word], int32 [BM / 32, BN]: bit b of word m is row 32 m + b.
-
-    A tile without any is not written: `bits` starts as zeros.
-    """
-    if tl.max(tl.max(which.to(tl.int32), 1), 0) > 0:
-        bit = tl.arange(0, 32)[None, :, None]
-        packed = tl.sum(tl.reshape(which.to(tl.int32), [BM // 32, 32, BN]) << bit, 1)
-        at = group.to(tl.int64)[None, :] * words + word[:, None]
-        tl.store(bits + at, packed, mask=(word < words)[:, None] & groups_real[None, :])
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)

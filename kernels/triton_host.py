@@ -1,9 +1,10 @@
 """What the Triton kernels need on the host side: operands in the form that they read, tile sizes, chunks.
 
 16-bit operands. The pattern needs q.k, whose factors are as given. <v, W_O r> needs W_O r in full float32,
-which a tensor core does not take: it is split into two float16 terms, 22 bits together. v and each W_O r are
-first multiplied by a power of two that puts their largest entry near 2^14, so that nothing that matters
-underflows; bfloat16 fits float16 exactly after that. float32 operands are used as they are.
+which a tensor core does not take: it is split into two float16 terms, 22 bits together. v, and the W_O r of
+each destination, are first multiplied by a power of two that puts their largest entry near 2^14: entries 2^31
+times smaller than the largest of v, and 2^18 times smaller than the largest of W_O r, still have all their
+bits, and what is lost below is in the rounding margin. float32 operands are used as they are.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class Tile:
     warps: int
     stages: int
     screen_warps: int = 8  # its epilogue holds several tiles of numbers at once
+    inside: int = (
+        0  # sources of a tile that needs no mask, for the kernels that have one; 0 = no such kernels
+    )
+    inside_warps: int = 8
 
     @property
     def launch(self) -> dict[str, int]:
@@ -70,7 +75,7 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
     (tests/gpu/test_layers.py holds one of each kind to that, `benchmarks/gpu_aot.py --full` every width).
     """
     if interpreted():
-        return Tile(32, 16, 4, 1)
+        return Tile(32, 32, 4, 1, inside=64)
     if dtype == torch.float32:  # what the compiler spills follows no rule: found by trying
         if width > 128:
             return Tile(32, 32, 4 if width <= 192 else 8, 2)
@@ -79,7 +84,8 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
         return Tile(32, 32, 4, 2)
     if chip < 90 or width > 128 or chip in SMALL_SHARED:
         return Tile(32, 64, 4, 2)
-    return Tile(64, 64, 4, 2)
+    # 128 sources: q and both terms of W_O r are read again for each tile, and L2 is what bounds that.
+    return Tile(64, 64, 4, 2, inside=128)
 
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +96,12 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ldexp(x, -exponent), torch.ldexp(torch.ones_like(largest), exponent)
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(high, low, scale): float16 terms [..., n] and float32 [...] with x = (high + low) * scale."""
-    y, scale = scaled(x)
-    high = y.half()
-    return high, (y - high).half(), scale[..., 0].contiguous()
+def half_values(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, scale []): float16 of v's shape with v = y * scale, one power of two for all of it."""
+    largest = torch.where(v.isfinite(), v, 0).abs().amax().float()
+    exponent = (torch.frexp(largest).exponent - HEADROOM).masked_fill(largest == 0, 0).clamp(-120, 120)
+    y = torch.ldexp(v.float(), -exponent).half()
+    return y.contiguous(), torch.ldexp(torch.ones_like(largest), exponent)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -127,7 +134,7 @@ class Directions:
 
     w: Tensor  # [R, H, E_v], float32, or the high float16 term
     w_low: Tensor  # the low term, or `w` again
-    w_scale: Tensor  # [R, H], or `w` again
+    unit: Tensor  # float32 [R]: products with v are in units of it (1 where nothing is split)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Operands:
 
     attention: Attention
     v: Tensor  # [H_kv, T, E_v], float32 or scaled float16
-    v_scale: Tensor  # [H_kv, T]
+    v_scale: Tensor  # [], a power of two
     tile: Tile
     arguments: dict[str, Any]
 
@@ -154,16 +161,25 @@ class Operands:
         if a.row_scale is not None:
             w *= a.row_scale[rows, None, None]
         if not self.split:
-            return Directions(w.contiguous(), w, w)
-        return Directions(*split(w))
+            return Directions(w.contiguous(), w, torch.ones(len(w), device=w.device))
+        from lmtt.kernels.triton_split import split
+
+        high, low, scale = split(w)
+        return Directions(high, low, scale * self.v_scale)
+
+    @property
+    def inside(self) -> int:
+        """Sources of the tiles that kernels without masks take, 0 where there are none for this attention."""
+        a = self.arguments
+        plain = not (a["SOFTCAP"] or a["MASK"] or a["ALIBI"])
+        fits = a["E"] == self.v.shape[2] and a["E"] in (64, 128)
+        return self.tile.inside if self.split and plain and fits else 0
 
 
 def operands(attention: Attention) -> Operands:
     """Contiguous copies where needed; v as float16 with a scale of each source where inputs are 16-bit."""
     a = attention
-    v, v_scale = a.v.contiguous(), a.v
-    if a.q.dtype != torch.float32:
-        v, _, v_scale = split(a.v.float())
+    v, v_scale = (a.v.contiguous(), a.v) if a.q.dtype == torch.float32 else half_values(a.v)
     width = max(a.q.shape[2], a.v.shape[2])
     mask = a.mask
     if mask is not None:

@@ -4,7 +4,9 @@
 
 1. `_row_logsumexp`  one program per (block of rows, head) runs over the sources: q.k only.
 2. `_tiles`          one program per (block of rows, block of sources): all heads in turn for reduce="heads",
-                     so that nothing is added atomically, or one head for the whole [H, T, T].
+                     so that nothing is added atomically, or one head for the whole [H, T, T]. Tiles in which
+                     consecutive rows see everything have `_tiles_inside`: no masks, and keys and values stay
+                     on the chip for all the heads that share them.
 3. `_row_sums`       one program per (block of rows, head) runs over the sources, as flash attention does.
 """
 
@@ -17,7 +19,16 @@ from torch import Tensor
 
 from lmtt.kernels.budget import WORKSPACE
 from lmtt.kernels.directional_attention.reference import Reduce
-from lmtt.kernels.triton_bricks import attention_logits, dot_rows, pair_products, pair_weights
+from lmtt.kernels.triton_bricks import (
+    LOG2_E,
+    attention_logits,
+    dot_rows,
+    inside_pairs,
+    is_inside,
+    load_inside,
+    pair_products,
+    pair_weights,
+)
 from lmtt.kernels.triton_host import Directions, Operands, chunks, depth_step, operands
 from lmtt.kernels.types import Attention
 
@@ -50,8 +61,8 @@ def _row_logsumexp(
             SOFTCAP, WINDOW, MASK, ALIBI,
         )  # fmt: skip
         new = tl.maximum(largest, tl.max(z, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(largest - safe) + tl.sum(tl.exp(z - safe[:, None]), 1)
+        safe = tl.where(new == float("-inf"), 0.0, new) * LOG2_E
+        total = total * tl.exp2(largest * LOG2_E - safe) + tl.sum(tl.exp2(z * LOG2_E - safe[:, None]), 1)
         largest = new
     nothing = total == 0
     result = tl.where(nothing, float("inf"), largest + tl.log(tl.where(nothing, 1.0, total)))
@@ -60,13 +71,21 @@ def _row_logsumexp(
 
 @triton.jit
 def _tiles(
-    q, k, v, v_scale, w, w_low, w_scale, lse, rows, out, count, out_head, heads, group, tokens,
+    q, k, v, w, w_low, unit, lse, rows, out, count, out_head, heads, group, tokens,
     scale, softcap, window, mask, mask_head, alibi,
     E: tl.constexpr, BE: tl.constexpr, E_V: tl.constexpr, BE_V: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    MASK: tl.constexpr, ALIBI: tl.constexpr, PER_HEAD: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, PER_HEAD: tl.constexpr, INSIDE: tl.constexpr,
 ):  # fmt: skip
-    """out[r, j] = sum over heads of d, or out[h, r, j]; `out` is zero where no tile is visible."""
+    """out[r, j] = sum over heads of d, or out[h, r, j]; `out` is zero where no tile is visible.
+
+    Not of tiles that lie in one of INSIDE sources that `is_inside`, where INSIDE is not 0.
+    """
+    if INSIDE:  # noqa: SIM102  # as below
+        if is_inside(
+            tl.program_id(1), tl.program_id(0) * BN // INSIDE, rows, count, window, BM, INSIDE, WINDOW
+        ):
+            return
     r = tl.program_id(1) * BM + tl.arange(0, BM)
     real = r < count
     i = tl.load(rows + r, mask=real, other=-1)
@@ -90,9 +109,7 @@ def _tiles(
             q, k, lse, i, j, head, group, tokens, scale, softcap, window, mask, mask_head, alibi,
             E, BE, BM, BN, SOFTCAP, WINDOW, MASK, ALIBI,
         )  # fmt: skip
-        g = pair_products(
-            v, v_scale, w, w_low, w_scale, r, real, j, head, heads, group, tokens, E_V, BE_V, BM, BN, SPLIT
-        )
+        g = pair_products(v, w, w_low, unit, r, real, j, head, heads, group, tokens, E_V, BE_V, BM, BN, SPLIT)
         total += tl.where(seen, weight * g, 0.0)
     if PER_HEAD:
         at += tl.program_id(2).to(tl.int64) * out_head
@@ -100,8 +117,35 @@ def _tiles(
 
 
 @triton.jit
+def _tiles_inside(
+    q, k, v, w, w_low, unit, lse, rows, out, count, heads, group, tokens, scale, window,
+    E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """`_tiles`, summed over heads, of tiles that need no mask; rows are consecutive."""
+    if not is_inside(tl.program_id(1), tl.program_id(0), rows, count, window, BM, BN, WINDOW):
+        return
+    r = tl.program_id(1) * BM + tl.arange(0, BM)
+    i = tl.load(rows + tl.program_id(1) * BM) + tl.arange(0, BM)
+    j = tl.program_id(0) * BN + tl.arange(0, BN)
+    e = tl.arange(0, E)
+    at_q, at_k = i[:, None] * E + e[None, :], j[None, :] * E + e[:, None]
+    at_w = r[:, None] * (heads * E) + e[None, :]  # of one chunk of rows: 32 bits count them
+    total = tl.zeros([BM, BN], tl.float32)
+    for kv in range(0, heads // group):
+        keys, values = load_inside(k, kv, at_k, tokens, E), load_inside(v, kv, at_k, tokens, E)
+        for head in range(kv * group, kv * group + group):
+            weight, high, low = inside_pairs(
+                q, w, w_low, lse, keys, values, at_q, at_w, i, head, tokens, scale * LOG2_E, E
+            )
+            total += weight * high
+            total += weight * low
+    at = out + i[:, None].to(tl.int64) * tokens + j[None, :]
+    tl.store(at, total * tl.load(unit + r)[:, None])
+
+
+@triton.jit
 def _row_sums(
-    q, k, v, v_scale, w, w_low, w_scale, lse, rows, out, count, heads, group, tokens,
+    q, k, v, w, w_low, unit, lse, rows, out, count, heads, group, tokens,
     scale, softcap, window, mask, mask_head, alibi,
     E: tl.constexpr, BE: tl.constexpr, E_V: tl.constexpr, BE_V: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -123,9 +167,7 @@ def _row_sums(
             q, k, lse, i, j, head, group, tokens, scale, softcap, window, mask, mask_head, alibi,
             E, BE, BM, BN, SOFTCAP, WINDOW, MASK, ALIBI,
         )  # fmt: skip
-        g = pair_products(
-            v, v_scale, w, w_low, w_scale, r, real, j, head, heads, group, tokens, E_V, BE_V, BM, BN, SPLIT
-        )
+        g = pair_products(v, w, w_low, unit, r, real, j, head, heads, group, tokens, E_V, BE_V, BM, BN, SPLIT)
         d = tl.where(seen, weight * g, 0.0)
         if POSITIVE:
             d = tl.where(d <= 0, 0.0, d)
@@ -159,10 +201,9 @@ def tile_arguments(of: Operands, lse: Tensor, rows: Tensor, towards: Directions)
     return {
         **of.arguments,
         "v": of.v,
-        "v_scale": of.v_scale,
         "w": towards.w,
         "w_low": towards.w_low,
-        "w_scale": towards.w_scale,
+        "unit": towards.unit,
         "lse": lse,
         "rows": rows,
         "count": len(rows),
@@ -174,6 +215,16 @@ def tile_arguments(of: Operands, lse: Tensor, rows: Tensor, towards: Directions)
         "SPLIT": of.split,
         **of.tile.launch,
     }
+
+
+def inside_arguments(of: Operands, arguments: dict[str, object]) -> dict[str, object]:
+    """What the kernels for tiles without masks take, of `tile_arguments`."""
+    names = (
+        *("q", "k", "v", "w", "w_low", "unit", "lse", "rows", "count", "heads", "group", "tokens"),
+        *("scale", "window", "E", "WINDOW", "BM"),
+    )
+    launch = {"num_warps": of.tile.inside_warps, "num_stages": of.tile.stages}
+    return {**{name: arguments[name] for name in names}, "BN": of.inside, **launch}
 
 
 @torch.no_grad()
@@ -199,12 +250,15 @@ def directional_attention(
 def launch_tiles(
     of: Operands, lse: Tensor, rows: Tensor, towards: Directions, out: Tensor, reduce: Reduce
 ) -> None:
-    """The tile pass alone, given W_O r and the log-sum-exp: rows (int64 [R]) of `out`."""
+    """The tile pass alone, given W_O r and the log-sum-exp: consecutive rows (int64 [R]) of `out`."""
     heads, tokens = of.attention.q.shape[:2]
     arguments = tile_arguments(of, lse, rows.int(), towards)
     blocks = triton.cdiv(len(rows), of.tile.BM)
     if reduce == "sources":
         _row_sums[(blocks, heads)](out=out, POSITIVE=False, **arguments)
         return
+    inside = of.inside if reduce == "heads" else 0
+    if inside:
+        _tiles_inside[(tokens // inside, blocks)](out=out, **inside_arguments(of, arguments))
     grid = (triton.cdiv(tokens, of.tile.BN), blocks, heads if reduce is None else 1)
-    _tiles[grid](out=out, out_head=tokens * tokens, PER_HEAD=reduce is None, **arguments)
+    _tiles[grid](out=out, out_head=tokens * tokens, PER_HEAD=reduce is None, INSIDE=inside, **arguments)

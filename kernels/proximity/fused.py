@@ -2,9 +2,9 @@
 
 For as many destinations at a time as the workspace has room for:
 
-1. `_screen`      flash-attention-shaped, all heads of a tile in turn: A from q, k and log-sum-exp, g and its
-                  bound; sums of first-order values, the row statistics, a bit for each pair that must be
-                  evaluated exactly, and one for those that may be kept. Nothing of size [H, R, T] but bits.
+1. `run_screen`   (screen.py) g and its bound for all pairs, and from these sums of first-order values, row
+                  statistics, a bit for each pair that must be evaluated exactly, and one for those that
+                  may be kept. Nothing of size [H, R, T] but bits.
 2. `list_pairs`   the bits as a list sorted by (head, source, destination).
 3. evaluation     of the listed pairs in D dimensions, u[j, h] = v[j] W_O[h] formed once per source that needs
                   it. `Evaluator` says how: `_evaluate` below, or csrc/cuda.
@@ -25,17 +25,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmtt.kernels.directional_attention.fused import row_logsumexp, tile_arguments
+from lmtt.kernels.directional_attention.fused import row_logsumexp
 from lmtt.kernels.measures import l2
-from lmtt.kernels.numerics import L2_NEARLY_EQUAL, certificate, divide, sign, tensor_core_margin
+from lmtt.kernels.numerics import SPLIT_LOSS, certificate, divide, ieee_matmul, sign, tensor_core_margin
 from lmtt.kernels.proximity.reference import _join, _other_parts, _Rows
-from lmtt.kernels.triton_bricks import (
-    pair_products,
-    pair_weights,
-    positive,
-    store_bits,
-    tanh,
-)
+from lmtt.kernels.proximity.screen import run_screen, turn_bits
+from lmtt.kernels.triton_bricks import pair_weights, positive, tanh
 from lmtt.kernels.triton_host import (
     Directions,
     Operands,
@@ -48,8 +43,6 @@ from lmtt.kernels.triton_host import (
 )
 from lmtt.kernels.types import AttentionResult, AttentionTask, Pairs
 
-NEARLY_EQUAL = tl.constexpr(L2_NEARLY_EQUAL)
-HUGE = tl.constexpr(1e18)  # of a part in units of the row: its square is still finite, and its proximity is 0
 COEFFICIENT_PAIRS = 32  # of one program of `_coefficients`
 LIST_PAIRS, LIST_DEPTH = 4, 512  # tile of `_evaluate`
 LEAST_SOURCES = 64  # whose u are formed at once, whatever the workspace: fewer are no matrix product
@@ -59,92 +52,9 @@ LISTED_BYTES = 48  # per listed pair: indices, coefficient, value and what sorti
 
 
 @triton.jit
-def _screen(
-    q, k, v, v_scale, w, w_low, w_scale, lse, rows, count, heads, group, tokens, scale, softcap, window,
-    mask, mask_head, alibi,
-    per_source, per_row, threshold, listed, whole_norm,
-    edges, head_part, stats, bits, keep_bits,
-    E: tl.constexpr, BE: tl.constexpr, E_V: tl.constexpr, BE_V: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
-    MASK: tl.constexpr, ALIBI: tl.constexpr, L2: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """One tile of destinations and sources, all heads.
-
-    per_source [H, T]: rounding margin of g (L1), or |u[j, h]| (L2). per_row [R, H]: |row_scale| times the
-    largest |gate| (L1), or in units of the row's largest coordinate (L2). stats [4, R] per block of sources:
-    skipped, signed, absolute, positive.
-    """
-    block = tl.program_id(0)
-    r = tl.program_id(1) * BM + tl.arange(0, BM)
-    real = r < count
-    i = tl.load(rows + r, mask=real, other=-1)
-    j = block * BN + tl.arange(0, BN)
-    last = tl.max(i, 0)
-    if block * BN > last:
-        return
-    if WINDOW:  # noqa: SIM102  # Triton decides this one when it compiles, the next one when it runs
-        if block * BN + BN <= tl.min(tl.where(real, i, last), 0) - window + 1:
-            return
-    limit = tl.load(threshold + r, mask=real, other=float("inf"))
-    edge = tl.zeros([BM, BN], tl.float32)
-    skipped = tl.zeros([BM], tl.float32)
-    signed = tl.zeros([BM], tl.float32)
-    absolute = tl.zeros([BM], tl.float32)
-    hopeful = tl.zeros([BM], tl.float32)
-    words = (count + 31) // 32
-    word = tl.program_id(1) * (BM // 32) + tl.arange(0, BM // 32)
-    for head in range(0, heads):
-        weight, seen = pair_weights(
-            q, k, lse, i, j, head, group, tokens, scale, softcap, window, mask, mask_head, alibi,
-            E, BE, BM, BN, SOFTCAP, WINDOW, MASK, ALIBI,
-        )  # fmt: skip
-        g = pair_products(
-            v, v_scale, w, w_low, w_scale, r, real, j, head, heads, group, tokens, E_V, BE_V, BM, BN, SPLIT
-        )
-        d = tl.where(seen, weight * g, 0.0)
-        row_factor = tl.load(per_row + r * heads + head, mask=real, other=0.0)
-        of_source = tl.load(per_source + head * tokens + j, mask=j < tokens, other=0.0)
-        if L2:
-            norm = tl.load(whole_norm + r, mask=real, other=0.0)[:, None]
-            x = tl.minimum(weight * of_source[None, :] * row_factor[:, None], HUGE)
-            d = tl.where(d > HUGE, HUGE, tl.where(d < -HUGE, -HUGE, d))
-            numerator = 2 * d - x * x
-            radicand = norm * norm - numerator
-            value = tl.where(numerator <= 0, 0.0, numerator / (norm + tl.sqrt(positive(radicand))))
-            above = (numerator > 0) & (radicand < NEARLY_EQUAL * norm * norm)
-            hopeful += tl.sum((numerator > 0).to(tl.float32), 1)
-        else:
-            slack = weight * of_source[None, :] * row_factor[:, None]
-            bound = tl.where(seen, d + slack, 0.0)
-            above = bound > limit[:, None]
-            value = positive(d)
-            doubtful = (bound > 0) & (bound <= limit[:, None])
-            skipped += tl.sum(tl.where(doubtful, value + slack, 0.0), 1)
-            hopeful += tl.sum((bound > 0).to(tl.float32), 1)
-        signed += tl.sum(d, 1)
-        absolute += tl.sum(tl.abs(d), 1)
-        first_order = tl.where(above, 0.0, value)
-        edge += first_order
-        part = (block * heads + head).to(tl.int64) * count + r
-        tl.store(head_part + part, tl.sum(first_order, 1), mask=real)
-        group_of = head * tokens + j
-        store_bits(above, bits, word, words, group_of, j < tokens, BM, BN)
-        if KEEP:
-            least = tl.load(listed + r, mask=real, other=float("inf"))
-            store_bits(first_order > least[:, None], keep_bits, word, words, group_of, j < tokens, BM, BN)
-    at = i[:, None].to(tl.int64) * tokens + j[None, :]
-    tl.store(edges + at, edge, mask=real[:, None] & (j < tokens)[None, :])
-    at = stats + block.to(tl.int64) * 4 * count + r
-    tl.store(at, skipped, mask=real)
-    tl.store(at + count, signed, mask=real)
-    tl.store(at + 2 * count, absolute, mask=real)
-    tl.store(at + 3 * count, hopeful, mask=real)
-
-
-@triton.jit
 def _coefficients(
     q, k, lse, rows, scale, softcap, window, mask, mask_head, alibi, row_scale,
-    v, v_scale, w, w_low, w_scale, pair_head, pair_source, pair_row, out, out_g, pairs, heads, group, tokens,
+    v, w, w_low, unit, pair_head, pair_source, pair_row, out, out_g, pairs, heads, group, tokens,
     E: tl.constexpr, BE: tl.constexpr, E_V: tl.constexpr, BE_V: tl.constexpr, BL: tl.constexpr,
     SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, ROW_SCALE: tl.constexpr,
@@ -187,8 +97,7 @@ def _coefficients(
         y = tl.load(v + from_v[:, None] + e[None, :], mask=inside, other=0.0).to(tl.float32)
         g += tl.sum(x * y, 1)
     if SPLIT:
-        g *= tl.load(w_scale + r * heads + head, mask=real, other=0.0)
-        g *= tl.load(v_scale + head // group * tokens + j, mask=real, other=0.0)
+        g *= tl.load(unit + r, mask=real, other=0.0)
     tl.store(out_g + n, g * c, mask=real)
     if ROW_SCALE:
         c *= tl.load(row_scale + i, mask=real, other=0.0).to(tl.float32)
@@ -213,14 +122,13 @@ def _evaluate(
         x = tl.load(u + from_u[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32) * c[:, None]
         y = tl.load(whole + from_y[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
         t = tl.where(y < 0, -x, x)
-        rest = 2 * tl.abs(y) - t
-        total += tl.where(t < rest, t, rest)  # NaN in either stays: the comparison fails, and so is rest
+        total += tl.minimum(t, 2 * tl.abs(y) - t, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + n, positive(tl.sum(total, 1)), mask=real)
 
 
 @triton.jit
 def _dense(
-    q, k, v, lse, w_o, whole, rows, tiles, values, bits, count, heads, group, tokens, width,
+    q, k, v, lse, w_o, whole, rows, tiles, values, first_head, count, heads, group, tokens, width,
     scale, softcap, window, mask, mask_head, alibi, row_scale,
     E: tl.constexpr, BE: tl.constexpr, E_V: tl.constexpr, BE_V: tl.constexpr, BJ: tl.constexpr,
     BD: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
@@ -228,11 +136,11 @@ def _dense(
 ):  # fmt: skip
     """All pairs of tiles of 32 destinations by BJ sources that hold many listed pairs: L1, exact.
 
-    tiles [n, 3]: head, block of sources, word of destinations; tiles without a listed pair are not in it.
+    tiles [n, 3]: head after `first_head`, block of sources, word of destinations; those worth it are in it.
     u is formed on chip, BD coordinates at a time, and used for all 32 destinations. values [n, 32, BJ].
     """
     at = tiles + tl.program_id(0) * 3
-    head = tl.load(at)
+    head = first_head + tl.load(at)
     j = tl.load(at + 1) * BJ + tl.arange(0, BJ)
     r = tl.load(at + 2) * 32 + tl.arange(0, 32)
     real = r < count
@@ -265,8 +173,7 @@ def _dense(
         y = y.to(tl.float32)[:, :, None]
         t = c[None, :, :] * tl.trans(u)[:, None, :]
         t = tl.where(y < 0, -t, t)
-        rest = 2 * tl.abs(y) - t
-        total += tl.sum(tl.where(t < rest, t, rest), 0)
+        total += tl.sum(tl.minimum(t, 2 * tl.abs(y) - t, propagate_nan=tl.PropagateNan.ALL), 0)
     out = values + (tl.program_id(0).to(tl.int64) * 32 + tl.arange(0, 32))[:, None] * BJ
     tl.store(out + tl.arange(0, BJ)[None, :], positive(total))
 
@@ -408,8 +315,13 @@ def dense_tiles(bits: Tensor) -> Tensor:
     return (share >= DENSE_SHARE).nonzero().int().contiguous()
 
 
-def evaluate_dense(chunk: Chunk, lse: Tensor, tiles: Tensor, bits: Tensor) -> tuple[Listed, Tensor]:
-    """The listed pairs of `tiles` and their exact values; their bits are cleared."""
+def evaluate_dense(
+    chunk: Chunk, lse: Tensor, tiles: Tensor, bits: Tensor, first_head: int
+) -> tuple[Listed, Tensor]:
+    """The listed pairs of `tiles` and their exact values; their bits are cleared.
+
+    bits[0] is of `first_head`.
+    """
     a, of = chunk.task.attention, chunk.of
     n = len(tiles)
     width = a.v.shape[2]
@@ -417,7 +329,7 @@ def evaluate_dense(chunk: Chunk, lse: Tensor, tiles: Tensor, bits: Tensor) -> tu
     whole = chunk.task.whole.contiguous()
     _dense[(n,)](
         v=a.v.contiguous(), lse=lse, w_o=a.w_o.contiguous(), whole=whole, rows=chunk.rows.int(), tiles=tiles,
-        values=values, bits=bits, count=len(chunk.rows), heads=a.heads, width=whole.shape[1],
+        values=values, first_head=first_head, count=len(chunk.rows), heads=a.heads, width=whole.shape[1],
         row_scale=whole if a.row_scale is None else a.row_scale.contiguous(),
         ROW_SCALE=a.row_scale is not None, E_V=width, BE_V=depth_step(width), BJ=DENSE_SOURCES,
         BD=DENSE_DEPTH, num_warps=4, num_stages=2,
@@ -432,7 +344,7 @@ def evaluate_dense(chunk: Chunk, lse: Tensor, tiles: Tensor, bits: Tensor) -> tu
     shift = torch.arange(32, dtype=torch.int32, device=bits.device)
     t, b, s = ((which[:, None, :] >> shift[:, None]) & 1).nonzero(as_tuple=True)
     bits[head[:, None].expand_as(source)[inside], source[inside], word[:, None].expand_as(source)[inside]] = 0
-    return Listed(head[t].int(), source[t, s].int(), (word[t] * 32 + b).int()), values[t, b, s]
+    return Listed(first_head + head[t].int(), source[t, s].int(), (word[t] * 32 + b).int()), values[t, b, s]
 
 
 def coefficients(chunk: Chunk, listed: Listed) -> tuple[Tensor, Tensor]:
@@ -443,7 +355,7 @@ def coefficients(chunk: Chunk, listed: Listed) -> tuple[Tensor, Tensor]:
     _coefficients[(triton.cdiv(len(c), COEFFICIENT_PAIRS),)](
         lse=chunk.lse, rows=chunk.rows.int(), pair_head=listed.head, pair_source=listed.source,
         pair_row=listed.row, out=c, out_g=g, pairs=len(c), heads=a.heads, BL=COEFFICIENT_PAIRS,
-        v=chunk.of.v, v_scale=chunk.of.v_scale, w=towards.w, w_low=towards.w_low, w_scale=towards.w_scale,
+        v=chunk.of.v, w=towards.w, w_low=towards.w_low, unit=towards.unit,
         E_V=width, BE_V=depth_step(width), SPLIT=chunk.of.split,
         row_scale=c if a.row_scale is None else a.row_scale.contiguous(), ROW_SCALE=a.row_scale is not None,
         num_warps=4, **chunk.of.arguments,
@@ -492,7 +404,9 @@ def attention_contributions(
     steps = _Steps(evaluate if l1 else evaluate_l2, lister, dense and l1 and task.attention.gate is None)
     everything = torch.arange(tokens, device=device)
     chunks(
-        everything, _rows_at_once(task, of), lambda rows: _chunk(task, of, lse, per_source, rows, out, steps)
+        everything,
+        _rows_at_once(task, of),
+        lambda rows: _chunk(task, of, lse, per_source, rows, out, steps, consecutive=True),
     )
     doubtful = everything[:0]
     if l1 and task.screen > 0:
@@ -504,7 +418,7 @@ def attention_contributions(
         chunks(
             doubtful,
             _rows_at_once(exact, of),
-            lambda rows: _chunk(exact, of, lse, per_source, rows, out, steps),
+            lambda rows: _chunk(exact, of, lse, per_source, rows, out, steps, consecutive=False),
         )
         out.positive = positive_before
     return AttentionResult(
@@ -533,24 +447,36 @@ def _source_norms(task: AttentionTask, of: Operands) -> Tensor:
     """[H, T]: the rounding margin of g per unit of A (L1), or |v[j] W_O[h]|_2 by a Gram matrix (L2)."""
     a = task.attention
     heads, tokens = a.q.shape[:2]
+    if task.measure == "l1":
+        # A gate is bounded by its largest entry in all heads (`_row_factors`), and so is W_O r.
+        norms = torch.linalg.vector_norm(a.w_o, 1, dim=-1, dtype=torch.float32)
+        absolute = a.v.float().abs()
+        with ieee_matmul():
+            sums = absolute @ norms.view(-1, a.group, a.v.shape[2]).mT  # [H_kv, T, group]
+        out: Tensor = sums.mT.reshape(heads, tokens) * tensor_core_margin(
+            a.w_o.shape[1] + a.w_o.shape[2], of.split
+        )
+        if of.split:
+            largest = absolute.masked_fill(~absolute.isfinite(), 0).amax()
+            lost = (
+                largest * norms.sum(-1)[:, None]
+                + absolute.sum(-1).repeat_interleave(a.group, 0) * norms.amax()
+            )
+            out += lost * SPLIT_LOSS
+        return out
     out = torch.empty(heads, tokens, device=a.q.device)
-    factor = tensor_core_margin(a.w_o.shape[1] + a.w_o.shape[2], of.split)
     for h in range(heads):
-        v = a.v[h // a.group]
-        if task.measure == "l1":
-            out[h] = (v.float().abs() @ a.w_o[h].float().abs().sum(-1)) * factor
-        else:
-            w_o = a.w_o[h].double()
-            out[h] = ((v.double() @ (w_o @ w_o.T)) * v).sum(-1).clamp_(min=0).sqrt_()
+        v, w_o = a.v[h // a.group], a.w_o[h].double()
+        out[h] = ((v.double() @ (w_o @ w_o.T)) * v).sum(-1).clamp_(min=0).sqrt_()
     return out
 
 
 def _row_factors(task: AttentionTask, rows: Tensor, unit: Tensor) -> Tensor:
-    """`per_row` of `_screen`, [R, H]. A gate scales each number of v: a head's largest bounds them all."""
+    """`per_row` of `_screen`, [R, H]. A gate scales each number of v: the row's largest bounds them all."""
     a = task.attention
     out = torch.ones(len(rows), a.heads, device=rows.device)
     if a.gate is not None:
-        out *= a.gate[rows].float().abs().amax(-1)
+        out *= a.gate[rows].float().abs().amax((-2, -1))[:, None]
     if a.row_scale is not None:
         out *= a.row_scale[rows, None].float().abs()
     return out if task.measure == "l1" else (out / unit[:, None]).float()
@@ -591,8 +517,10 @@ def _chunk(
     rows: Tensor,
     out: _Results,
     steps: _Steps,
+    *,
+    consecutive: bool,
 ) -> None:
-    """Steps 1 to 4 for destinations `rows`, and their shares."""
+    """Steps 1 to 4 for destinations `rows`, and their shares; `consecutive` if each row is the next."""
     a, device = task.attention, rows.device
     tokens, heads, count = a.q.shape[1], a.heads, len(rows)
     others = _others(task, rows)
@@ -609,11 +537,17 @@ def _chunk(
         "whole_norm": (torch.linalg.vector_norm(others.whole.double(), dim=-1) / unit).float(),
     }
     along_signs = of.directions(sign(task.whole[rows]).to(a.w_o.dtype), rows)
-    screened = _run_screen(task, of, lse, along_signs, rows, scalars, out.edges, l2=False)
+    # Of L2 the first screen is for the checksum only.
+    keep, l1 = task.keep is not None, task.measure == "l1"
+    screened = run_screen(
+        of, lse, along_signs, rows, scalars, out.edges, l2=False, keep=keep and l1, consecutive=consecutive
+    )
     stats = screened.stats
     if task.measure == "l2":
         towards = of.directions((others.whole.double() / unit[:, None] / unit[:, None]).float(), rows)
-        screened = _run_screen(task, of, lse, towards, rows, scalars, out.edges, l2=True)
+        screened = run_screen(
+            of, lse, towards, rows, scalars, out.edges, l2=True, keep=keep, consecutive=consecutive
+        )
         stats = torch.stack([torch.zeros_like(stats[0]), stats[1], stats[2], screened.stats[3]])
 
     # Exact values: integers, whose sums do not depend on their order.
@@ -638,20 +572,19 @@ def _chunk(
 
     per_step = max(LEAST_LISTED, task.workspace // 4 // LISTED_BYTES)
     for some in _head_groups(screened.bits, per_step):
-        bits = screened.bits[some]
+        bits = turn_bits(screened.bits[some], tokens)
         if steps.dense:
             tiles = dense_tiles(bits)
-            tiles[:, 0] += some.start
             for t in pieces(len(tiles), max(1, per_step // (32 * DENSE_SOURCES))):
-                deposit(*evaluate_dense(chunk, lse, tiles[t], screened.bits))
+                deposit(*evaluate_dense(chunk, lse, tiles[t], bits, some.start))
         listed = steps.lister(bits)
         listed = listed._replace(head=listed.head + some.start)
         if len(listed.row):
             deposit(listed, steps.evaluate(chunk, listed, *coefficients(chunk, listed)))
 
     for some in _head_groups(screened.keep_bits, per_step) if task.keep is not None else ():
-        listed = steps.lister(screened.keep_bits[some])
-        listed = listed._replace(head=listed.head + some.start)
+        listed = steps.lister(screened.keep_bits[some])  # by row, which does not matter here
+        listed = Listed(listed.head + some.start, listed.row, listed.source)
         if len(listed.row):
             c, g = coefficients(chunk, listed)
             value = g.clamp(min=0) if task.measure == "l1" else evaluate_l2(chunk, listed, c, g)
@@ -674,39 +607,6 @@ def _chunk(
     out.positive += int(hopeful.sum())
     if task.keep is not None and found:
         out.kept.append(_keep(found, out.edges, total, rows, task.keep))
-
-
-class _Screened(NamedTuple):
-    head_part: Tensor  # [blocks of sources, H, R]
-    stats: Tensor  # float64 [4, R]: skipped, signed, absolute, positive
-    bits: Tensor  # int32 [H, T, words], pairs to be evaluated
-    keep_bits: Tensor  # likewise, other pairs that may be kept
-
-
-def _run_screen(
-    task: AttentionTask,
-    of: Operands,
-    lse: Tensor,
-    towards: Directions,
-    rows: Tensor,
-    scalars: dict[str, Tensor],
-    edges: Tensor,
-    *,
-    l2: bool,
-) -> _Screened:
-    device, (heads, tokens), count = rows.device, task.attention.q.shape[:2], len(rows)
-    keep = task.keep is not None and (l2 or task.measure == "l1")
-    blocks, words = triton.cdiv(tokens, of.tile.BN), triton.cdiv(count, 32)
-    head_part = torch.zeros(blocks, heads, count, device=device)
-    stats = torch.zeros(blocks, 4, count, device=device)
-    bits = torch.zeros(heads, tokens, words, dtype=torch.int32, device=device)
-    keep_bits = torch.zeros_like(bits) if keep else bits[:0]
-    _screen[(blocks, triton.cdiv(count, of.tile.BM))](
-        edges=edges, head_part=head_part, stats=stats, bits=bits, keep_bits=keep_bits, L2=l2,
-        KEEP=keep, **scalars,
-        **{**tile_arguments(of, lse, rows.int(), towards), "num_warps": of.tile.screen_warps},
-    )  # fmt: skip
-    return _Screened(head_part, stats.sum(0, dtype=torch.float64), bits, keep_bits)
 
 
 def _head_groups(bits: Tensor, per_step: int) -> list[slice]:

@@ -63,12 +63,21 @@ def attention(
         q, k, draw(kv, T, E), draw(heads, E, D) * E**-0.5, scale=E**-0.5, row_scale=draw(T).abs() + 0.5
     )
     resid, bias = draw(T, D), draw(D)
-    v = a.v.double().repeat_interleave(heads // kv, 0)
-    logits = (q.double() @ k.double().repeat_interleave(heads // kv, 0).mT) * a.scale
-    logits = logits.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
-    written = (logits.softmax(-1) @ v @ a.w_o.double()).sum(0) * a.row_scale.double()[:, None]
-    whole = (resid.double() + written + bias.double()).to(dtype)
-    return AttentionTask(a, resid, whole, bias, **options)
+    return summing(AttentionTask(a, resid, resid, bias, **options))
+
+
+def summing(task: AttentionTask) -> AttentionTask:
+    """The task with its parts' sum as the whole, rounded to its dtype."""
+    a, tokens = task.attention, len(task.whole)
+    k, v = (x.double().repeat_interleave(a.group, 0) for x in (a.k, a.v))
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    unseen = (distance < 0) | (distance >= (a.window or tokens))
+    logits = (a.q.double() @ k.mT * a.scale).masked_fill(unseen, -torch.inf)
+    written = (logits.softmax(-1) @ v @ a.w_o.double()).sum(0)
+    if a.row_scale is not None:
+        written = written * a.row_scale.double()[:, None]
+    bias = 0 if task.bias is None else task.bias.double()
+    return replace(task, whole=(task.resid_pre.double() + written + bias).to(task.whole.dtype))
 
 
 def neurons(T: int, F: int, D: int, *, dtype: torch.dtype = torch.float32, **options: Any) -> NeuronTask:
@@ -83,4 +92,4 @@ def neurons(T: int, F: int, D: int, *, dtype: torch.dtype = torch.float32, **opt
 
 @pytest.fixture(scope="session")
 def case() -> SimpleNamespace:
-    return SimpleNamespace(attention=attention, neurons=neurons, moved=moved)
+    return SimpleNamespace(attention=attention, neurons=neurons, moved=moved, summing=summing)

@@ -41,6 +41,66 @@ def test_heads_of_every_width(case, device, width, dtype):
     assert_within(got, want, 2e-5 * float(want.abs().max()), f"{width} {dtype}")
 
 
+@pytest.mark.parametrize(
+    ("width", "group", "window", "screen"),
+    [(64, 2, None, 0.0), (128, 1, None, 1e-3), (64, 2, 97, 1e-3)],
+    ids=["exact", "128", "window"],
+)
+def test_tiles_without_masks(case, device, width, group, window, screen, monkeypatch):
+    """Long enough for tiles in which every row sees everything, which have kernels of their own."""
+    from lmtt.kernels.backends import triton_backend
+
+    if (reason := triton_backend.available()) is not None:
+        pytest.skip(reason)
+    from lmtt.kernels import triton_host
+    from lmtt.kernels.proximity import screen as screening
+
+    tokens = 100 if INTERPRETED else 400
+    task = case.attention(tokens, width, 48, heads=2, kv=2 // group, dtype=torch.bfloat16, screen=screen)
+    a = replace(task.attention, window=window)
+    task = case.summing(replace(task, attention=a, keep=1e-2, max_certificate=0.05 if window else 1.0))
+    want = attention_contributions(replace(case.moved(task, "cpu", torch.float64), screen=0.0))
+    task = case.moved(task, device)
+    taken = []
+    kernel = screening._screen_inside
+    monkeypatch.setattr(screening, "_screen_inside", _Counting(kernel, taken))
+    got, _ = registry.run("attention_contributions", task, backend="triton")
+    assert taken, "no kernel without masks was launched"
+    allowed = got.certificate.cpu()[:, None] + SHARE
+    assert_within(got.edges, want.edges, allowed, "edges")
+    assert_within(got.per_head, want.per_head, allowed, "heads")
+    assert_within(got.checksum, torch.zeros(tokens), 2e-2, "checksum")
+    # The other kernels alone: the same numbers, and the same pairs.
+    plain = triton_host.tile
+
+    def without(*arguments):
+        return replace(plain(*arguments), inside=0)
+
+    monkeypatch.setattr(triton_host, "tile", without)
+    other, _ = registry.run("attention_contributions", task, backend="triton")
+    assert_within(got.edges, other.edges.cpu(), 1e-6)
+    assert_within(got.certificate, other.certificate.cpu(), 1e-6)
+    assert abs(got.positive - other.positive) <= 2
+    assert abs(got.evaluated - other.evaluated) <= 2
+    assert abs(len(got.kept.head) - len(other.kept.head)) <= 2
+    direction = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    summed = registry.run("directional_attention", task.attention, direction, "heads", backend="triton")[0]
+    monkeypatch.setattr(triton_host, "tile", plain)
+    inside = registry.run("directional_attention", task.attention, direction, "heads", backend="triton")[0]
+    assert_within(inside, summed.cpu(), 1e-5 * float(summed.abs().max()))
+
+
+class _Counting:
+    """A kernel that says when it is launched."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(grid)
+        return self.kernel[grid]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("screen", [0.0, 1e-3])
 @pytest.mark.parametrize("measure", ["l1", "l2"])
