@@ -11,6 +11,7 @@
 export const ATTENTION = 0, RESIDUAL = 1, MLP = 2, OPAQUE = 3; // kinds of edges
 export const SLOTS = 4; // blocks of a layer: opaque, mid, mlp, post; block 0 is the embeddings
 const SLOT_OPAQUE = 0, SLOT_MID = 1, SLOT_MLP = 2, SLOT_POST = 3;
+const AHEAD = 3; // times lower than the threshold asked for
 const TYPES = { f4: Float32Array, u4: Uint32Array, u2: Uint16Array, u1: Uint8Array };
 
 /** The store from its bytes (zlib). Throws if they are not a store of this version. */
@@ -70,17 +71,21 @@ export function reveal(store, position) {
   return { edge, node };
 }
 
-/** Ids of all edges with a positive reveal, in the order in which a falling threshold adds them. */
-export function inOrder(store, revealed) {
+/** Ids of all edges with a reveal above `above`, in the order in which a falling threshold adds them. */
+export function inOrder(store, revealed, above = 0) {
   const { sumPtr } = store;
   const bits = new Uint32Array(revealed.buffer, revealed.byteOffset, revealed.length);
+  const least = new Uint32Array(Float32Array.of(above).buffer)[0];
+  let n = 0;
+  for (let e = 0; e < bits.length; e++) if (bits[e] > least) n++;
   // Positive floats sort as their bits do. Keys travel with the ids: looked up by id they would be far apart.
-  let ids = new Uint32Array(store.size), keys = new Uint32Array(store.size), n = 0;
+  let ids = new Uint32Array(n), keys = new Uint32Array(n);
   const counts = [0, 11, 22].map(() => new Uint32Array(2049));
+  n = 0;
   for (let s = sumPtr.length - 2; s >= 0; s--) // depth rising, id rising: what the stable sort keeps on ties
     for (let e = sumPtr[s]; e < sumPtr[s + 1]; e++) {
       const key = bits[e];
-      if (key === 0) continue;
+      if (key <= least) continue;
       counts[0][2048 - (key & 2047)]++;
       counts[1][2048 - ((key >>> 11) & 2047)]++;
       counts[2][2048 - (key >>> 22)]++;
@@ -102,7 +107,7 @@ export function inOrder(store, revealed) {
     }
     [ids, other, keys, otherKeys] = [other, ids, otherKeys, keys];
   }
-  return ids.subarray(0, n);
+  return ids;
 }
 
 /** How many edges of `order` have a reveal above `threshold`. */
@@ -117,7 +122,12 @@ export function prefix(order, revealed, threshold) {
   return low;
 }
 
-/** The route to one token, for any threshold. */
+/**
+ * The route to one token, for any threshold.
+ *
+ * `order` is sorted as far down as a threshold asked for it so far, and some way on: to sort half a million edges
+ * takes longer than all else about a new start, and few of them are ever above the slider.
+ */
 export class Selection {
   constructor(store, position) {
     this.store = store;
@@ -125,16 +135,22 @@ export class Selection {
     const { edge, node } = reveal(store, position);
     this.edge = edge;
     this.node = node;
-    this.order = inOrder(store, edge);
+    this.order = new Uint32Array(0); // every edge of a reveal above `sorted`; `count` comes first
+    this.sorted = Infinity;
   }
 
   count(threshold) {
+    if (Math.fround(threshold) < this.sorted) {
+      this.sorted = threshold > 2 * this.store.floor ? Math.fround(threshold / AHEAD) : 0;
+      this.order = inOrder(this.store, this.edge, this.sorted);
+    }
     return prefix(this.order, this.edge, threshold);
   }
 
   /** Uint32Array of edge ids, strongest reveal first. */
   edges(threshold) {
-    return this.order.subarray(0, this.count(threshold));
+    const n = this.count(threshold);
+    return this.order.subarray(0, n);
   }
 
   /** Positions that the route passes through, rising; always the target's own. */

@@ -10,10 +10,11 @@
 import { ATTENTION, MLP, OPAQUE, RESIDUAL, SLOTS } from "./route.mjs";
 
 export const STEPS = [0.02, 0.05, 0.1, 0.2, 0.4]; // of a contribution: six strengths
-export const BUDGET = 6000;
+export const BUDGET = 4000; // what software rasterisation paints within half of a tenth of a second
 const HEIGHT = [0.33, 0.66, 0.83, 1]; // of a layer's blocks within it
 const ATTENTION_WIDTH = [0.8, 1.2, 1.8, 2.6, 3.6, 4.8], RESIDUAL_WIDTH = [0.8, 1, 1.3, 1.7, 2.1, 2.5];
 const NODE_ROW = 11, NODE_PITCH = 13; // pixels a layer and a token need for nodes to be drawn
+const RINGS = 700; // of more nodes each is a dot
 const DETOUR_ROW = 24; // for an MLP's way out of the stream and back
 const RUNS_ROW = 6, RUNS_PITCH = 7; // and for single residual edges
 const SLANTED = 84; // columns narrower than this have slanted labels
@@ -82,7 +83,7 @@ export class Scene {
   _collect() {
     const { store, selection, columns, view, runs } = this;
     const { kind, source, target, layer, slot } = store, { column } = columns;
-    const order = selection.order, n = selection.count(this.threshold);
+    const n = selection.count(this.threshold), order = selection.order;
     const found = { attention: [], residual: [], mlp: [], opaque: [] };
     const stream = runs ? new Uint8Array(columns.positions.length * 2 * store.layers) : null;
     let drawn = 0, inView = 0;
@@ -151,7 +152,9 @@ export class Scene {
     const { frame } = this;
     ctx.save();
     ctx.beginPath();
-    ctx.rect(frame.left, frame.top - 2, frame.right - frame.left, frame.bottom - frame.top + 4);
+    // On whole pixels: a clip between them has every stroke blended at its border, which takes as long again.
+    const left = Math.floor(frame.left), top = Math.floor(frame.top - 2);
+    ctx.rect(left, top, Math.ceil(frame.right) - left, Math.ceil(frame.bottom + 2) - top);
     ctx.clip();
     this._bands(ctx, colours);
     if (this.stream) this._runs(ctx, colours);
@@ -193,7 +196,7 @@ export class Scene {
   /** One path for each strength. */
   _lines(ctx, edges, ramp, widths) {
     const { store } = this;
-    ctx.lineCap = "round";
+    ctx.lineCap = "butt"; // round ends take three times as long, and lie under nodes
     for (let bin = 0; bin < ramp.length; bin++) {
       let any = false;
       for (const e of edges) {
@@ -263,16 +266,17 @@ export class Scene {
   _nodes(ctx, colours) {
     const radius = Math.min(2.6, this.row * 0.13, this.pitch * 0.14), nodes = this.nodes();
     if (!nodes.length) return;
-    ctx.beginPath();
-    for (const [x, y] of nodes) {
-      ctx.moveTo(x + radius, y);
-      ctx.arc(x, y, radius, 0, 2 * Math.PI);
+    const ring = [radius + 0.45, colours.nodeLine], inside = [radius - 0.45, colours.node];
+    // Two discs, as outlines take longer than both; where there are very many nodes one has to do.
+    for (const [size, colour] of nodes.length > RINGS ? [[radius - 0.2, colours.nodeLine]] : [ring, inside]) {
+      ctx.beginPath();
+      for (const [x, y] of nodes) {
+        ctx.moveTo(x + size, y);
+        ctx.arc(x, y, size, 0, 2 * Math.PI);
+      }
+      ctx.fillStyle = colour;
+      ctx.fill();
     }
-    ctx.fillStyle = colours.node;
-    ctx.strokeStyle = colours.nodeLine;
-    ctx.lineWidth = 0.9;
-    ctx.fill();
-    ctx.stroke();
   }
 
   _selected(ctx, colours, selected) {

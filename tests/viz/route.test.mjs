@@ -57,3 +57,13 @@ test("a table names nodes as Python does", () => {
     ["L0.mlp.1", "L0.post.1", "mlp"], ["L0.mid.1", "L0.mlp.1", "mlp"], ["embed.0", "L0.mid.1", "attention"],
   ]);
 });
+
+test("a new start sorts no further down than it has to, and a lower threshold finds the rest", () => {
+  const store = { ...example(), floor: 1e-3 }, selection = new Selection(store, 1), whole = inOrder(store, selection.edge);
+  assert.equal(selection.count(0.9), 0);
+  assert.ok(selection.order.length < whole.length);
+  for (const tau of [0.6, 0.3, 0.2, 0.001, 0.4, 0]) {
+    const kept = Array.from(whole).filter((e) => selection.edge[e] > Math.fround(tau));
+    assert.deepEqual(Array.from(selection.edges(tau)), kept);
+  }
+});
