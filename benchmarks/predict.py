@@ -1,14 +1,18 @@
 """How far predictions are from runs: efficiencies are fitted on half of a grid of runs, judged on the rest.
 
-    python benchmarks/predict.py [--quick] [--write]
+    python benchmarks/predict.py [--quick] [--write] [--threads N] [--seconds S]
 
-1. Every point of the grid (a model, T, dtype, memory limit) is profiled in a process of its own.
-2. Points alternate: on every second one, share and extra seconds of each phase are fitted
-   (`lmtt.profile.efficiency` says how they enter).
-3. The other points are predicted from their config, with the survivors that screening left there, and must be
-   within a quarter of the measured time. Exit status 1 if one is not.
+1. This machine's ceilings are measured anew.
+2. Every group of the grid (a model, dtype and memory limit) is loaded in a process of its own, which profiles
+   a prompt of each length; files are dropped from the page cache before a run that reads its weights.
+3. Every second cell is fitted: share and extra seconds of each phase (`lmtt.profile.predict.Efficiency`).
+4. `lmtt.profile.predict` predicts all cells from their configs, as `lmtt plan` does. The seconds of those
+   that nothing was fitted on must be within a quarter of the measured ones. Exit status 1 if one is not.
 
-`--write` puts the fit into lmtt/profile/efficiency.py. `--quick` is a small grid, judged but never written.
+How much survives screening is what `lmtt plan` assumes of prose for the demo model; random weights are no
+model of anything, so for those it is what their own runs counted. `--write` puts the fit into
+lmtt/profile/efficiency.py. `--quick` is a small grid, judged but not stored. It needs a quiet machine, and
+stops after `--seconds`, naming what it left out.
 """
 
 from __future__ import annotations
@@ -20,162 +24,197 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmtt.profile.ceilings import Ceilings
+    from lmtt.profile.planning import Planned
+    from lmtt.profile.predict import Efficiency, Prediction
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "predict.json"
 EFFICIENCY = HERE.parent / "lmtt" / "profile" / "efficiency.py"
 ALLOWED = 0.25  # of the measured seconds
-TRIES = 3  # passes at each point; the median counts
-PROCESS_LIMIT = 900
+TRIES, ENOUGH = 3, 3.0  # passes of a cell, of which the median counts: so many, or so many seconds of them
+PROCESS_LIMIT = 600  # seconds
+SECONDS = 330  # for all measurements
+BUSY = 0.1  # processors that others may use meanwhile
 # layers, d_model, heads, key/value heads, d_mlp
-LLAMAS = {"llama-0.1G": (8, 768, 12, 4, 2048), "llama-0.4G": (12, 1536, 16, 4, 4096)}
+LLAMAS = {"llama-0.1G": (8, 768, 12, 4, 2048), "llama-0.2G": (6, 1536, 16, 4, 4096)}
 DEMO = "demo"
 
 
 @dataclass(frozen=True)
-class Point:
-    """One run. memory None: everything stays; else the limit, in bytes over the smallest that works."""
+class Group:
+    """Prompts that one process traces. `times`: the limit, over the smallest that works for the longest of
+    them; None: all weights stay."""
 
     model: str
-    tokens: int
     dtype: str
-    streamed: float | None  # limit as a multiple of the smallest that works; None: the weights stay
+    times: float | None
+    lengths: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        how = "resident" if self.streamed is None else f"streamed at {self.streamed:g} of the least memory"
-        return f"{self.model}, T = {self.tokens}, {self.dtype}, {how}"
+        how = "resident" if self.times is None else f"streamed, {self.times:g} x least memory"
+        return f"{self.model}, {self.dtype}, {how}"
 
 
-def grid(quick: bool) -> list[Point]:
-    """In an order in which every second point is like the one before it."""
-    models = [DEMO] if quick else [DEMO, *LLAMAS]
-    lengths = (32, 64, 128, 192) if quick else (64, 128, 256, 512, 1024, 2048, 4096)
-    points = [Point(model, T, "float32", None) for model in models for T in lengths]
+@dataclass(frozen=True)
+class Cell:
+    """One prompt of a group: what it took, and what is known of it before."""
+
+    group: Group
+    tokens: int
+    wall: float
+    seconds: dict[str, float]  # by phase
+    survivors: tuple[float, float]  # of a layer: pairs, neurons
+    reading: float  # seconds that the reading thread was busy
+    planned: Planned
+
+    @property
+    def name(self) -> str:
+        return f"{self.group.name}, T = {self.tokens}"
+
+    def prediction(self, efficiency: Efficiency | None, ceilings: Ceilings) -> Prediction:
+        """As `lmtt plan` says it; the survivors are assumed for the demo model only."""
+        from lmtt.profile.predict import predict
+        from lmtt.profile.work import Survivors
+
+        p = self.planned
+        survivors = None if self.group.model == DEMO else Survivors(*self.survivors)
+        return predict(
+            p.dims, ceilings, [self.tokens], p.plan, p.weights, survivors=survivors, first=False,
+            efficiency=efficiency,
+        )  # fmt: skip
+
+
+def grid(quick: bool) -> list[Group]:
+    """Of each group at least one cell is fitted and one judged."""
     if quick:
-        return points
+        return [
+            Group(DEMO, "float32", None, (32, 64, 128, 192)),
+            Group("llama-0.1G", "float32", 1.0, (64, 128)),
+        ]
+    groups = [
+        Group(DEMO, "float32", None, (64, 128, 256, 512, 1024, 2048, 4096)),
+        Group(DEMO, "bfloat16", None, (64, 128, 256)),
+        Group(DEMO, "float32", 3.0, (128, 256, 512, 1024)),
+    ]
     for model in LLAMAS:
-        points += [Point(model, T, "float32", times) for times in (1.0, 1.5, 3.0) for T in (64, 512, 2048)]
-        points += [Point(model, T, "bfloat16", None) for T in (64, 256, 1024)]
-    return points
+        groups += [
+            Group(model, "float32", None, (64, 256, 512, 1024)),
+            Group(model, "bfloat16", None, (64, 128)),
+        ]
+        groups.append(Group(model, "float32", 1.0, (64, 256, 1024)))
+        groups += [Group(model, "float32", times, (128, 512)) for times in (1.5, 2.0)]
+    return groups
 
 
-# --- one point, in its own process --------------------------------------------------------------------------
+# --- one group, in its own process ------------------------------------------------------------------------
 
 
-def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Seconds by phase, sizes, and what screening left."""
+def measure(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of each length seconds by phase, and what screening left."""
     import torch
 
     import lmtt
-    from lmtt.profile.ceilings import of_this_machine
+    from lmtt.profile.ceilings import Ceilings
     from lmtt.profile.command import prompt_ids
-    from lmtt.profile.planning import plan_run
     from lmtt.profile.report import measure as profiled
 
     torch.set_num_threads(request["threads"])
-    point = Point(request["model"], request["tokens"], request["dtype"], request["streamed"])
-    name = None if point.model == DEMO else str(Path(request["folder"]) / point.model)
-    ceilings = of_this_machine("cpu")
-    memory = None
-    if point.streamed is not None:
-        memory = int(point.streamed * smallest(name, point))
-    engine = lmtt.load(name, device="cpu", dtype=point.dtype, memory=memory)
-    if engine.resident and point.streamed is not None:
-        raise SystemExit(f"{point.name} is not streamed")
-    ids = prompt_ids(engine, None, point.tokens)
-    engine.trace(
-        input_ids=ids[: min(16, len(ids))]
-    )  # discovered and proved: what is timed is any later prompt
-    profiles = [profiled(engine, ceilings, lambda: engine.trace(input_ids=ids)) for _ in range(TRIES)]
-    last = profiles[-1]
-    planned = plan_run(name, point.tokens, memory=memory or "64GiB", device="cpu", dtype=point.dtype)
-    phases = {p.name for profile in profiles for p in profile.phases}
-    layers = engine.info.n_layers
-    return {
-        "seconds": {
-            phase: median(profile.seconds().get(phase, 0.0) for profile in profiles) for phase in phases
-        },
-        "wall": median(profile.wall for profile in profiles),
-        "survivors": [
-            last.screening["pairs_evaluated"] / layers, last.screening["neurons_evaluated"] / layers
-        ],
-        "work": works(planned, last, point),
-        "ceilings": ceilings.to_json(),
-    }  # fmt: skip
+    group = Group(**request["group"])
+    ceilings = Ceilings(**request["ceilings"])
+    engine = lmtt.load(request["name"], device="cpu", dtype=group.dtype, memory=request["memory"])
+    if engine.resident != (group.times is None):
+        raise SystemExit(f"{group.name}: the weights {'stay' if engine.resident else 'are read'}")
+    # Discovered and proved, and everything imported: what is timed is any later prompt.
+    engine.trace(input_ids=list(range(5, 21))).route(-1, 0.04)
+    started, before = time.perf_counter(), (0, 0.0)
+    for tokens in group.lengths:
+        if before[0]:  # at worst it takes as much more as there are more pairs of tokens
+            expected = before[1] * (tokens / before[0]) ** 2
+            if time.perf_counter() - started + expected > request["left"]:
+                return
+        ids = prompt_ids(engine, None, tokens)
+        profiles, begun = [], time.perf_counter()
+        while len(profiles) < TRIES and (not profiles or time.perf_counter() - begun < ENOUGH):
+            if not engine.resident:
+                forget(request["files"])
+            profiles.append(profiled(engine, ceilings, lambda: engine.trace(input_ids=ids)))  # noqa: B023
+        layers, last = engine.info.n_layers, profiles[-1]
+        before = tokens, last.wall
+        phases = {p.name for profile in profiles for p in profile.phases}
+        yield {
+            "tokens": tokens,
+            "tries": len(profiles),
+            "wall": median(profile.wall for profile in profiles),
+            "seconds": {
+                phase: median(profile.seconds().get(phase, 0.0) for profile in profiles) for phase in phases
+            },
+            "survivors": [
+                last.screening["pairs_evaluated"] / layers, last.screening["neurons_evaluated"] / layers
+            ],
+            "reading": median(profile.overlap.get("reading_seconds", 0.0) for profile in profiles),
+        }  # fmt: skip
 
 
-def works(planned: Any, profile: Any, point: Point) -> dict[str, list[float]]:
-    """By phase: calls, and seconds at the ceilings without and with the smallest operations."""
-    from lmtt.profile.predict import predict
-    from lmtt.profile.work import Survivors
-
-    layers = planned.dims.shapes.layers
-    survivors = Survivors(
-        profile.screening["pairs_evaluated"] / layers, profile.screening["neurons_evaluated"] / layers
-    )
-    prediction = predict(
-        planned.dims, planned.ceilings, [point.tokens], planned.plan, planned.weights, survivors=survivors,
-        first=False,
-    )  # fmt: skip
-    found = {}
-    for phase, one in prediction.phases.items():
-        busy = one.work.at(planned.ceilings)
-        launch = busy.pop("launch")
-        calls = 1 if phase in ("dry run", "lens", "graph") else layers
-        found[phase] = [float(calls), max(busy.values()), launch, one.seconds]
-    return found
+def forget(files: Sequence[str]) -> None:
+    """Drop a checkpoint from the page cache: a streamed model is one that is not in it."""
+    for file in files:
+        number = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(number)
+            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(number)
 
 
-def smallest(name: str | None, point: Point) -> int:
-    """The least memory that works, as the planner names it."""
-    import re
-
-    from lmtt.errors import InputError
-    from lmtt.profile.planning import plan_run
-    from lmtt.streaming.plan import parse_bytes
-
-    try:
-        plan_run(name, point.tokens, memory="1MiB", device="cpu", dtype=point.dtype)
-    except InputError as error:
-        named = re.search(r"at least (\S+);", str(error))
-        assert named is not None
-        return parse_bytes(named[1])
-    raise AssertionError("nothing works within 1 MiB")
+# --- the fit ----------------------------------------------------------------------------------------------
 
 
-# --- the fit ------------------------------------------------------------------------------------------------
-
-
-def fit(points: Sequence[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """(share, extra) by phase that make the largest relative error of the phase's seconds small.
+def fit(cells: Sequence[Cell], ceilings: Ceilings) -> Efficiency:
+    """Share and extra of each phase and dtype that make the relative errors of the phase's seconds small.
 
     seconds = calls * extra + launch + ideal / share: linear in extra and 1 / share, weighted by 1 / seconds.
     """
-    shares, extras = {}, {}
-    for phase in sorted({name for point in points for name in point["work"]}):
-        rows = [
-            (*point["work"][phase][:3], point["seconds"][phase])
-            for point in points
-            if phase in point["work"] and point["seconds"].get(phase, 0) > 0
-        ]
-        if not rows:
-            continue
-        inverse, extra = _nonnegative(
-            [(calls / got, ideal / got, 1 - launch / got) for calls, ideal, launch, got in rows]
-        )
-        shares[phase] = 1 / inverse if inverse > 0 else 1e9
-        extras[phase] = extra
-    return shares, extras
+    from lmtt.profile.predict import Efficiency
+
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    for cell in cells:
+        for phase, (calls, ideal, launch) in works(cell, ceilings).items():
+            got = cell.reading if phase == "read" else cell.seconds.get(phase, 0.0)
+            if got > 0:
+                name = phase if cell.group.dtype == "float32" else f"{phase}, {cell.group.dtype}"
+                row = (0.0 if phase == "read" else calls / got, ideal / got, 1 - launch / got)
+                rows.setdefault(name, []).append(row)
+    share, extra = {}, {}
+    for name, found in sorted(rows.items()):
+        inverse, extra[name] = nonnegative(found)
+        share[name] = 1 / inverse if inverse > 0 else 1e9
+    return Efficiency(share, extra)
 
 
-def _nonnegative(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+def works(cell: Cell, ceilings: Ceilings) -> dict[str, tuple[float, float, float]]:
+    """By phase: calls, and seconds at the ceilings without and with the smallest operations."""
+    from lmtt.profile.predict import Efficiency
+
+    found = {}
+    for phase, one in cell.prediction(Efficiency({}, {}), ceilings).phases.items():
+        busy = one.work.at(ceilings)
+        launch = busy.pop("launch")
+        found[phase] = (float(one.calls), max(busy.values()), launch)
+    return found
+
+
+def nonnegative(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     """(x, e) >= 0 minimising the squares of a e + b x - c over rows (a, b, c)."""
     aa, bb = sum(a * a for a, _, _ in rows), sum(b * b for _, b, _ in rows)
     ab = sum(a * b for a, b, _ in rows)
@@ -189,84 +228,118 @@ def _nonnegative(rows: Sequence[tuple[float, float, float]]) -> tuple[float, flo
     return min(candidates, key=lambda v: sum((a * v[1] + b * v[0] - c) ** 2 for a, b, c in rows))
 
 
-def predicted(point: dict[str, Any], shares: dict[str, float], extras: dict[str, float]) -> float:
-    """Seconds of a whole pass at a fit."""
-    total = 0.0
-    for phase, (calls, ideal, launch, whole) in point["work"].items():
-        if phase == "read":
-            total += whole  # what is waited for follows from the other phases
-        elif phase in shares:
-            total += calls * extras[phase] + launch + ideal / shares[phase]
-    return total
-
-
-def judge(
-    points: Sequence[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
-    """Fit on every second point; all of them with what was predicted and measured."""
-    shares, extras = fit(points[::2])
+def judge(cells: Sequence[Cell], ceilings: Ceilings) -> tuple[list[dict[str, Any]], Efficiency]:
+    """Fit on every second cell of each group; all of them with what was predicted and measured."""
+    at: dict[Group, int] = {}
+    fitted = []
+    for cell in cells:
+        fitted.append(at.setdefault(cell.group, 0) % 2 == 0)
+        at[cell.group] += 1
+    efficiency = fit([cell for cell, used in zip(cells, fitted, strict=True) if used], ceilings)
     rows = []
-    for number, point in enumerate(points):
-        measured = sum(s for phase, s in point["seconds"].items() if phase in point["work"])
+    for cell, used in zip(cells, fitted, strict=True):
+        prediction = cell.prediction(efficiency, ceilings)
         rows.append(
             {
-                "name": point["name"],
-                "fitted": number % 2 == 0,
-                "predicted_total": predicted(point, shares, extras),
-                "measured_total": measured,
-                "seconds": point["seconds"],
+                "name": cell.name,
+                **asdict(cell.group),
+                "tokens": cell.tokens,
+                "fitted": used,
+                "predicted_total": prediction.seconds,
+                "measured_total": cell.wall,
+                "predicted": {name: one.seconds for name, one in prediction.phases.items()},
+                "measured": cell.seconds,
+                "survivors": cell.survivors,
             }
         )
-    return rows, shares, extras
+    return rows, efficiency
 
 
 def off(row: dict[str, Any]) -> float:
-    """Relative error; NaN stays NaN."""
-    return float(abs(row["predicted_total"] / row["measured_total"] - 1))
+    """Relative error, with its sign; NaN stays NaN."""
+    return float(row["predicted_total"] / row["measured_total"] - 1)
 
 
-# --- running it ---------------------------------------------------------------------------------------------
+def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Judged cells that are further off than allowed."""
+    return [row["name"] for row in rows if not row["fitted"] and not abs(off(row)) <= ALLOWED]
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The table."""
+    width = max(len(row["name"]) for row in rows)
+    yield f"{'':{width}}  predicted   measured    off"
+    for row in rows:
+        use = "fitted" if row["fitted"] else "MISSED" if row["name"] in missed(rows) else "judged"
+        p, m = row["predicted_total"], row["measured_total"]
+        yield f"{row['name']:{width}}  {p:7.3f} s  {m:7.3f} s  {off(row):+5.0%}  {use}"
+    for use, chosen in (("fitted", True), ("judged", False)):
+        errors = [abs(off(row)) for row in rows if row["fitted"] is chosen]
+        if errors:
+            yield f"{use}: {len(errors)} cells, median {median(errors):.0%} off, largest {max(errors):.0%}"
+
+
+# --- running it -------------------------------------------------------------------------------------------
 
 
 def make_llama(folder: Path, name: str) -> None:
-    """A random Llama of a shape, saved; its tokenizer is missing, so that its prompts count upwards."""
+    """A random Llama of a shape, saved in float32; it has no tokenizer, so that its prompts count upwards."""
     import torch
-    import transformers
+
+    from lmtt.testing_memory import write_llama
 
     L, D, H, kv, F = LLAMAS[name]
-    config = transformers.LlamaConfig(
-        num_hidden_layers=L, hidden_size=D, num_attention_heads=H, num_key_value_heads=kv, vocab_size=32000,
-        intermediate_size=F, max_position_embeddings=8192, dtype=torch.float32,
+    write_llama(
+        folder / name, torch.float32, num_hidden_layers=L, hidden_size=D, num_attention_heads=H,
+        num_key_value_heads=kv, vocab_size=16000, intermediate_size=F,
     )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
 
 
-def child(point: Point, folder: Path, threads: int) -> dict[str, Any]:
-    """One point in a fresh process."""
-    request = {"model": point.model, "tokens": point.tokens, "dtype": point.dtype, "streamed": point.streamed,
-               "folder": str(folder), "threads": threads}  # fmt: skip
+def run(group: Group, folder: Path, threads: int, ceilings: Ceilings, left: float) -> list[Cell]:
+    """The cells of a group that `left` seconds are enough for, measured in a fresh process."""
+    from lmtt.checkpoint.load import resolve
+    from lmtt.profile.planning import plan_run
+    from lmtt.streaming.plan import smallest_limit
+
+    name = None if group.model == DEMO else str(folder / group.model)
+    sizes = plan_run(name, max(group.lengths), memory="64GiB", device="cpu", dtype=group.dtype)
+    memory = None
+    if group.times is not None:
+        least = smallest_limit(sizes.dims.shapes, sizes.weights, [max(group.lengths)])
+        memory = int(group.times * least)
+    source = resolve(name)
+    files = [str(path) for path in Path(source.folder).glob(source.gguf or "*.safetensors")]
+    request = {"group": asdict(group), "name": name, "memory": memory, "files": files, "threads": threads,
+               "ceilings": ceilings.to_json(), "left": left}  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": ""}
     done = subprocess.run(
-        [sys.executable, str(HERE / "predict.py"), "--point", json.dumps(request)], env=environment,
+        [sys.executable, str(HERE / "predict.py"), "--group", json.dumps(request)], env=environment,
         capture_output=True, text=True, timeout=PROCESS_LIMIT, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise SystemExit(f"{point.name} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"name": point.name, **result}
+        raise SystemExit(f"{group.name} failed:\n{done.stderr[-2000:]}")
+    cells = []
+    for line in done.stdout.splitlines():
+        one = json.loads(line)
+        limit = "64GiB" if memory is None else memory
+        planned = plan_run(name, one["tokens"], memory=limit, device="cpu", dtype=group.dtype)
+        cells.append(
+            Cell(group, one["tokens"], one["wall"], one["seconds"], tuple(one["survivors"]), one["reading"],
+                 planned)
+        )  # fmt: skip
+    return cells
 
 
-def write_efficiency(shares: dict[str, float], extras: dict[str, float], about: str) -> None:
+def write_efficiency(efficiency: Efficiency, about: str) -> None:
     """lmtt/profile/efficiency.py with new numbers."""
     before = EFFICIENCY.read_text().split("FITTED_ON")[0]
 
-    def listed(values: dict[str, float]) -> str:
+    def listed(values: Any) -> str:
         return "".join(f'    "{name}": {value:.4g},\n' for name, value in sorted(values.items()))
 
     EFFICIENCY.write_text(
-        f'{before}FITTED_ON = "{about}"\nSHARE: dict[str, float] = {{\n{listed(shares)}}}\n'
-        f"EXTRA: dict[str, float] = {{  # seconds\n{listed(extras)}}}\n"
+        f'{before}FITTED_ON = "{about}"\nSHARE: dict[str, float] = {{\n{listed(efficiency.share)}}}\n'
+        f"EXTRA: dict[str, float] = {{  # seconds\n{listed(efficiency.extra)}}}\n"
     )
 
 
@@ -277,41 +350,54 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", action="store_true", help="put the fit into lmtt/profile/efficiency.py")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all measurements [{SECONDS}]")
+    parser.add_argument("--group", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.point is not None:
-        print(json.dumps(measure(json.loads(options.point))))
+    if options.group is not None:
+        for one in measure(json.loads(options.group)):
+            print(json.dumps(one), flush=True)
         return
+    import torch
     from run import commit, machine, others_seconds
 
+    from lmtt.profile.ceilings import of_this_machine
+
+    torch.set_num_threads(options.threads)
     others, started = others_seconds(), datetime.now(UTC)
+    ceilings = of_this_machine("cpu", remeasure=True)
+    cells, left_out = list[Cell](), list[str]()
     with tempfile.TemporaryDirectory(prefix="lmtt-predict-") as scratch:
-        for name in () if options.quick else LLAMAS:
+        groups = grid(options.quick)
+        for name in {group.model for group in groups} - {DEMO}:
             make_llama(Path(scratch), name)
-        points = []
-        for point in grid(options.quick):
-            points.append(child(point, Path(scratch), options.threads))
-            print(f"{point.name}: {points[-1]['wall']:.3g} s", file=sys.stderr, flush=True)
-    rows, shares, extras = judge(points)
+        for group in groups:
+            left = options.seconds - (datetime.now(UTC) - started).total_seconds()
+            found = run(group, Path(scratch), options.threads, ceilings, left) if left > 0 else []
+            cells += found
+            left_out += [f"{group.name}, T = {T}" for T in group.lengths[len(found) :]]
+            words = ", ".join(f"{cell.tokens}: {cell.wall:.3g} s" for cell in found)
+            spent = (datetime.now(UTC) - started).total_seconds()
+            print(f"[{spent:4.0f} s] {group.name}: {words}", file=sys.stderr, flush=True)
+    rows, efficiency = judge(cells, ceilings)
     spent = (datetime.now(UTC) - started).total_seconds()
     about = {**machine(options.threads), "busy_with_others": round((others_seconds() - others) / spent, 3)}
-    for row in rows:
-        use = "fitted" if row["fitted"] else "judged"
-        print(f"{use} {off(row):6.1%}  {row['name']}: predicted {row['predicted_total']:.3g} s,"
-              f" measured {row['measured_total']:.3g} s")  # fmt: skip
+    print("\n".join(lines(rows)))
+    if left_out:
+        print(f"left out after {options.seconds:.0f} s: " + "; ".join(left_out))
     if not options.quick:
-        content = {"schema": 1, "created": started.isoformat(timespec="seconds"), "machine": about,
-                   "commit": commit(), "points": rows, "share": shares, "extra": extras}  # fmt: skip
+        content = {"schema": 2, "created": started.isoformat(timespec="seconds"), "machine": about,
+                   "commit": commit(), "duration_seconds": round(spent, 1), "ceilings": ceilings.to_json(),
+                   "left_out": left_out, "points": rows, "share": efficiency.share,
+                   "extra": efficiency.extra}  # fmt: skip
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
         if options.write:
-            write_efficiency(shares, extras, f"{about['cpu']}, {about['threads']} threads")
-    missed = [row["name"] for row in rows if not row["fitted"] and not off(row) <= ALLOWED]
-    if about["busy_with_others"] > 0.1:
-        print(
-            f"others used {about['busy_with_others']:.2g} processors meanwhile: judge again when it is quiet"
-        )
-    if missed or not all(math.isfinite(off(row)) for row in rows):
-        raise SystemExit(f"more than {ALLOWED:.0%} off: " + "; ".join(missed))
+            write_efficiency(efficiency, f"{about['cpu']}, {about['threads']} threads")
+    if about["busy_with_others"] > BUSY:
+        used = about["busy_with_others"]
+        print(f"others used {used:.2g} processors meanwhile: judge again when it is quiet")
+    worse = missed(rows)
+    if worse or not all(math.isfinite(off(row)) for row in rows):
+        raise SystemExit(f"more than {ALLOWED:.0%} off: " + "; ".join(worse))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from lmtt.streaming.weights import LayerWeights, StreamedWeights
 
 EDGE_BYTES = 5  # of an edge in the browser (viz/store.py)
 PAGE_BYTES = 2 << 20  # of a page without edges
+NOT_OF_THE_PASS = ("prompt", "graph")  # what a run's own clock does not see
 EDGES_OF_A_ROW = 64  # kept at most in the mean, as the planner counts them
 BYTES_OF = {
     "fixed": "threads, allocator, imports",
@@ -184,9 +185,8 @@ def planned_cost(
     result = plan_json(plan)
     if ceilings is not None:
         prediction = predict(dims, ceilings, tokens, plan, weights, first=first, stored=stored)
-        routes = prediction.phases["graph"].seconds  # not part of the pass
-        seconds = {name: spent for name, spent in prediction.to_json().items() if name != "graph"}
-        result["seconds"] = {**seconds, "total": prediction.seconds - routes}
+        seconds = {n: one.seconds for n, one in prediction.phases.items() if n not in NOT_OF_THE_PASS}
+        result["seconds"] = {**seconds, "total": sum(seconds.values())}
     return result
 
 

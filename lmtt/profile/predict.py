@@ -1,4 +1,4 @@
-"""Seconds of a pass before it runs: the work of each phase, at a machine's ceilings and its efficiency.
+"""Seconds of a pass before it runs: each phase's work at a machine's ceilings, and what is reached of those.
 
 On a machine whose ceilings come from a data sheet the efficiencies are an assumption, named here, and so are
 the survivors of screening wherever no run was measured; both are said with every prediction.
@@ -6,8 +6,8 @@ the survivors of screening wherever no run was measured; both are said with ever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from lmtt.profile import efficiency
 from lmtt.profile.ceilings import Ceilings
@@ -21,12 +21,40 @@ RESOURCES = ("compute", "memory", "disk", "bus", "launch")
 
 
 @dataclass(frozen=True)
+class Efficiency:
+    """What phases reach: seconds = calls * extra + launches + seconds at the ceilings / share.
+
+    Keys are phases, or "phase, dtype" for what another dtype reaches. `otherwise`: the share of all others.
+    """
+
+    share: Mapping[str, float]
+    extra: Mapping[str, float]
+    otherwise: float = 1.0
+
+    def of(self, phase: str, dtype: str) -> tuple[float, float]:
+        """Share and extra seconds of a call."""
+        own = f"{phase}, {dtype}"
+        name = own if own in self.share else phase
+        return self.share.get(name, self.otherwise), self.extra.get(name, 0.0)
+
+
+FITTED = Efficiency(efficiency.SHARE, efficiency.EXTRA)
+ASSUMED = Efficiency({}, {}, ASSUMED_SHARE)
+
+
+def reached(ceilings: Ceilings) -> Efficiency:
+    """What is fitted, where the ceilings are of the kind that it was fitted to; else what is assumed."""
+    return FITTED if ceilings.source == "measured" and ceilings.device == "cpu" else ASSUMED
+
+
+@dataclass(frozen=True)
 class Estimate:
     """One phase of a whole pass."""
 
     seconds: float
     work: Work
     bound: str
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -54,11 +82,13 @@ def predict(
     survivors: Survivors | None = None,
     first: bool = True,
     stored: bool = False,
+    efficiency: Efficiency | None = None,
 ) -> Prediction:
     """A pass over prompts of these lengths.
 
     survivors : of one layer of one prompt; None: what `work` expects for each length.
     first : it is the model's first, so that structure is discovered and every sublayer proved.
+    efficiency : None: what `reached` says.
     """
     layers = dims.shapes.layers
     total: dict[str, Work] = {}
@@ -86,19 +116,30 @@ def predict(
             add(phase, work, 1)
     if first:
         add("discovery", discovery_work(dims, tokens[0], device=ceilings.device), dims.kinds)
-    phases = {name: estimate(name, work, calls[name], ceilings) for name, work in total.items()}
-    reading = total["read"].at(ceilings)["disk"] if not plan.resident else 0.0
+    by = reached(ceilings) if efficiency is None else efficiency
+    phases = {
+        name: estimate(name, work, calls[name], ceilings, by, dims.dtype)
+        for name, work in total.items()
+        if not (plan.resident and name in STREAMED)
+    }
+    reading = phases["read"].seconds if "read" in phases else 0.0
     if reading:
-        # Read ahead while layers compute: what is left to wait for, and the first layer.
-        computing = sum(phases[name].seconds for name in total if name not in ("read", "dry run", "lens"))
-        waiting = max(reading / layers, reading - computing * (layers - 1) / layers)
-        phases["read"] = Estimate(waiting, total["read"], "disk")
-    needed = {name: one for name, one in phases.items() if plan.resident is False or name not in STREAMED}
-
-    return Prediction(needed, reading)
+        computing = sum(one.seconds for name, one in phases.items() if name not in OUTSIDE)
+        waiting = waits(plan, weights, reading, computing, layers)
+        phases["read"] = replace(phases["read"], seconds=waiting, bound="disk")
+    return Prediction(phases, reading)
 
 
 STREAMED = ("read", "decode")
+OUTSIDE = ("prompt", "dry run", "read", "lens", "graph")  # what no reading ahead goes on beside
+
+
+def waits(plan: Plan, weights: Weights, reading: float, computing: float, layers: int) -> float:
+    """Seconds that a pass waits for its layers, which take `reading` to read and `computing` to run."""
+    used_in_place = weights.decoded_layer == 0  # a layer's raw bytes are its weights until it is over
+    if used_in_place and plan.bytes.ring < 2 * weights.raw_layer:
+        return reading  # there is room for one only
+    return max(reading / layers, reading - computing * (layers - 1) / layers)
 
 
 def routed_bytes(dims: Dims, weights: Weights, tokens: Sequence[int]) -> float:
@@ -110,15 +151,15 @@ def routed_bytes(dims: Dims, weights: Weights, tokens: Sequence[int]) -> float:
     return float(dims.packed * stored * (1 - (1 - dims.used) ** sum(tokens)))
 
 
-def estimate(phase: str, work: Work, calls: int, ceilings: Ceilings) -> Estimate:
+def estimate(
+    phase: str, work: Work, calls: int, ceilings: Ceilings, efficiency: Efficiency, dtype: str
+) -> Estimate:
     """Seconds of a phase that is called so often, and what bounds it."""
-    fitted = ceilings.source == "measured" and ceilings.device == "cpu"
-    share = efficiency.SHARE.get(phase, 1.0) if fitted else ASSUMED_SHARE
-    extra = efficiency.EXTRA.get(phase, 0.0) if fitted else 0.0
+    share, extra = efficiency.of(phase, dtype)
     busy = work.at(ceilings)
     launch = busy.pop("launch")
     seconds = calls * extra + launch + max(busy.values()) / share
-    return Estimate(seconds, work, bound_of(work, seconds, ceilings))
+    return Estimate(seconds, work, bound_of(work, seconds, ceilings), calls)
 
 
 def bound_of(work: Work, seconds: float, ceilings: Ceilings) -> str:

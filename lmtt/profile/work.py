@@ -21,9 +21,9 @@ SOFTMAX = 40  # lanes for each pair: softmax, coefficient, bound, comparison, su
 SIGNS = 4  # coordinates that one look-up of a table of sums stands for
 PAIRS, PAIRS_POWER = 4.4, -0.75  # of all (head, source) pairs PAIRS * T ** PAIRS_POWER are evaluated exactly
 NEURONS = 0.03  # of all (position, neuron)
-FULL_CLOSURE = "float64"  # the dtype of sums that prove a float32 sublayer
+DECODING = 40  # small operations for each token of a prompt: its text, and where it lies in the whole
 LAUNCHES = {  # small operations for each layer, as counted in the engine's loop
-    "dry run": 2, "read": 2, "decode": 12, "forward": 60, "closure": 40, "screening": 4,
+    "dry run": 2, "decode": 12, "forward": 60, "closure": 40, "screening": 4,
     "exact evaluation": 2, "reduction": 60, "transfer": 4, "store": 20,
 }  # fmt: skip
 
@@ -118,7 +118,7 @@ def layer_work(
     state = T * D * size
     seen = T * T * (1.0 if device == "cpu" else 0.5)  # a CPU's attention multiplies what the mask hides too
     attention = 2 * seen * (heads_in + heads_out)
-    wide = FULL_CLOSURE if dims.dtype in ("float32", "float64") else "float32"
+    wide, wide_size = ("float64", 8) if dims.dtype == "float64" else ("float32", 4)  # of sums that are proved
     causal = T * (T + 1) / 2
     # Results: edges in [T, T] float32, and what is kept of them.
     edges = 4.0 * T * T
@@ -129,7 +129,7 @@ def layer_work(
             {dims.dtype: 2.0 * T * dims.active + attention},
             memory=dims.active * size + 12 * state + 4 * T * F * size,
         ),
-        "closure": Work(memory=14 * T * D * 8),
+        "closure": Work(memory=2 * 12 * T * D * wide_size),  # of two sums: added, compared, largest entries
         "screening": Work(
             lanes=T * D * (heads_out + F) / SIGNS + causal * (heads_in + heads_out)
             + SOFTMAX * causal * H + 6 * T * F,
@@ -146,7 +146,7 @@ def layer_work(
     if first:
         proof = Work(
             {wide: 2.0 * T * D * (heads_out + F) + 2 * T * T * (heads_in + heads_out)},
-            memory=(heads_out + F) * D * 8 * 2 + 2 * T * F * 8 + 8 * 8.0 * H * T * T,
+            memory=((heads_out + F) * D * 2 + 2 * T * F + 8.0 * H * T * T) * wide_size,
         )
         work["closure"] += proof
     if stored:
@@ -165,6 +165,7 @@ def once_work(dims: Dims, tokens: int, *, device: str = "cpu") -> dict[str, Work
     rows = max(1, PREDICTION_WORKSPACE // (4 * s.d_vocab))
     passes = -(-T // rows)
     return {
+        "prompt": Work(launches=DECODING * T),
         "dry run": Work(memory=4 * T * s.d_model * dims.itemsize, launches=200 + 4 * s.layers),
         "lens": Work(
             {dims.dtype if device != "cpu" else "float32": 2.0 * T * s.d_model * s.d_vocab},

@@ -8,7 +8,7 @@ counted, for the system takes it back when it likes.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -222,12 +222,11 @@ def make_plan(
         whole = estimate(shapes, weights, tokens, resident=True, ring=0, workspace=WORKSPACE, full=full)
         if whole.total <= limit:
             return Plan(True, WORKSPACE, whole)
-    workspace, ring = WORKSPACE, 0 if must_stay else weights.raw_layer
-    while True:
+    ring = 0 if must_stay else weights.raw_layer
+    for workspace in _workspaces():
         one = estimate(shapes, weights, tokens, resident=must_stay, ring=ring, workspace=workspace, full=full)
-        if one.total <= limit or workspace == SMALLEST_WORKSPACE:
+        if one.total <= limit:
             break
-        workspace //= 4
     if one.total > limit:
         raise _too_little(limit, one, tokens)
     if must_stay:
@@ -240,6 +239,20 @@ def make_plan(
         workspace,
         estimate(shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full),
     )
+
+
+def smallest_limit(shapes: Shapes, weights: Weights, tokens: Sequence[int], *, full: bool = True) -> int:
+    """Bytes that a pass over such prompts needs at least, its weights read layer by layer."""
+    ring, workspace = weights.raw_layer, SMALLEST_WORKSPACE
+    return estimate(shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full).total
+
+
+def _workspaces() -> Iterator[int]:
+    """What the kernels may be given, falling."""
+    workspace = WORKSPACE
+    while workspace >= SMALLEST_WORKSPACE:
+        yield workspace
+        workspace //= 4
 
 
 def _too_little(limit: int, needed: Bytes, tokens: Sequence[int]) -> InputError:

@@ -21,10 +21,11 @@ def dims() -> Dims:
     return dims_of(tiny_model("llama"), torch.float32)
 
 
-def planned(dims: Dims, *, resident: bool) -> tuple[Plan, Weights]:
+def planned(dims: Dims, *, resident: bool, ahead: int = 2) -> tuple[Plan, Weights]:
+    """`ahead`: layers that there is room to read at a time."""
     size = dims.layer_parameters * 4
     weights = Weights(dims.parameters * 4, 1000, size, 0, size * dims.shapes.layers)
-    room = estimate(dims.shapes, weights, [16], resident=resident, ring=size, workspace=WORKSPACE)
+    room = estimate(dims.shapes, weights, [16], resident=resident, ring=ahead * size, workspace=WORKSPACE)
     return Plan(resident, WORKSPACE, room), weights
 
 
@@ -63,6 +64,10 @@ def test_the_slowest_resource_decides(dims: Dims, machine: Ceilings) -> None:
     # Reading is beside the layers' computing where storage is fast: only the first is waited for.
     fast = predict(dims, replace(machine, disk=1e15), [64], plan, weights)
     assert fast.phases["read"].seconds == pytest.approx(fast.reading / dims.shapes.layers)
+    # Where a layer computes in the only place that there is, the next one is read after it.
+    alone, weights = planned(dims, resident=False, ahead=1)
+    fast = predict(dims, replace(machine, disk=1e15), [64], alone, weights)
+    assert fast.phases["read"].seconds == pytest.approx(fast.reading)
 
 
 def test_prompts_share_one_read(dims: Dims, machine: Ceilings) -> None:
