@@ -313,6 +313,7 @@ class Dashboard:
         state.param.watch(self._picked, ["picked", "shown", "dark"])
         state.param.watch(self.refresh, ["shown", "position", "threshold", "dark"])
         self.tabs.param.watch(self.refresh, "active")
+        self.tabs.param.watch(lambda _: setattr(route, "sent", route.sent + 1), "active")
         for widget in (self.lens_shade, self.chosen, self.target, self.foil, self.per):
             widget.param.watch(self.refresh, "value")
 

@@ -20,6 +20,10 @@ class RouteView(JSComponent):  # type: ignore[misc] # panel ships no types
     picked = param.Dict(default={}, doc="what was clicked: {kind, layer, position, source, site}")
     dark = param.Boolean(default=False, doc="the reader's system is followed unless `by_hand`")
     by_hand = param.Boolean(default=False, doc="dark was switched; the browser remembers it")
+    sent = param.Integer(
+        default=0, doc="counts panes that the server sent; the browser answers in `received`"
+    )
+    received = param.Integer(default=0)
     themes = param.String(default=theme.css(":root", system=False), constant=True, doc="CSS for the document")
 
     _esm: ClassVar[str] = bundle("panel.js")

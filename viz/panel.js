@@ -69,6 +69,9 @@ export function render({ model }) {
   model.on("position", state);
   model.on("picked", selected);
   model.on("by_hand", theme);
+  // Bokeh takes models that the server sent for unknown to it until the browser has said something: the first click
+  // on one of them would carry it in full.
+  model.on("sent", () => { model.received = model.sent; });
   system.addEventListener("change", follow);
   if (remembered()) model.dark = remembered() === "dark";
   else follow();

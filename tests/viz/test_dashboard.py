@@ -14,7 +14,12 @@ from lmtt.trace import Trace
 from lmtt.viz.models import DEMO, Models
 from lmtt.viz.state import Policy
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytest.importorskip("panel", reason="panel is not installed")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("error::bokeh.util.warnings.BokehUserWarning"),
+]
 PROMPT = "The capital of France is"
 
 
