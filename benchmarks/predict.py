@@ -28,6 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ RESULTS = HERE / "results" / "predict.json"
 EFFICIENCY = HERE.parent / "lmtt" / "profile" / "efficiency.py"
 ALLOWED = 0.25  # of the measured seconds
 TRIES, ENOUGH = 3, 3.0  # passes of a cell, of which the median counts: so many, or so many seconds of them
+NOTHING = 1e9  # the share of a resource that a phase spends no time on
 PROCESS_LIMIT = 600  # seconds
 SECONDS = 330  # for all measurements
 BUSY = 0.1  # processors that others may use meanwhile
@@ -181,51 +183,59 @@ def forget(files: Sequence[str]) -> None:
 
 
 def fit(cells: Sequence[Cell], ceilings: Ceilings) -> Efficiency:
-    """Share and extra of each phase and dtype that make the relative errors of the phase's seconds small.
+    """What makes the relative errors of each phase's seconds, by dtype, small.
 
-    seconds = calls * extra + launch + ideal / share: linear in extra and 1 / share, weighted by 1 / seconds.
+    seconds = calls * extra + launch + compute / share + memory / memory_share: linear in extra and in the
+    reciprocals of the shares, weighted by 1 / seconds.
     """
     from lmtt.profile.predict import Efficiency
 
-    rows: dict[str, list[tuple[float, float, float]]] = {}
+    rows: dict[str, list[tuple[list[float], float]]] = {}
     for cell in cells:
-        for phase, (calls, ideal, launch) in works(cell, ceilings).items():
+        for phase, (calls, compute, memory, launch) in works(cell, ceilings).items():
             got = cell.reading if phase == "read" else cell.seconds.get(phase, 0.0)
             if got > 0:
                 name = phase if cell.group.dtype == "float32" else f"{phase}, {cell.group.dtype}"
-                row = (0.0 if phase == "read" else calls / got, ideal / got, 1 - launch / got)
-                rows.setdefault(name, []).append(row)
-    share, extra = {}, {}
+                of_calls = 0.0 if phase == "read" else calls / got  # reading goes on by itself
+                row = [of_calls, compute / got, memory / got]
+                rows.setdefault(name, []).append((row, 1 - launch / got))
+    extra, share, memory_share = dict[str, float](), dict[str, float](), dict[str, float]()
     for name, found in sorted(rows.items()):
-        inverse, extra[name] = nonnegative(found)
-        share[name] = 1 / inverse if inverse > 0 else 1e9
-    return Efficiency(share, extra)
+        extra[name], *inverse = nonnegative([row for row, _ in found], [target for _, target in found])
+        share[name], memory_share[name] = (1 / x if x > 0 else NOTHING for x in inverse)
+    return Efficiency(share, memory_share, extra)
 
 
-def works(cell: Cell, ceilings: Ceilings) -> dict[str, tuple[float, float, float]]:
-    """By phase: calls, and seconds at the ceilings without and with the smallest operations."""
+def works(cell: Cell, ceilings: Ceilings) -> dict[str, tuple[float, float, float, float]]:
+    """By phase: calls; seconds of compute (or storage, or bus), of memory and of launches at the ceilings."""
     from lmtt.profile.predict import Efficiency
 
     found = {}
-    for phase, one in cell.prediction(Efficiency({}, {}), ceilings).phases.items():
+    for phase, one in cell.prediction(Efficiency({}, {}, {}), ceilings).phases.items():
         busy = one.work.at(ceilings)
-        launch = busy.pop("launch")
-        found[phase] = (float(one.calls), max(busy.values()), launch)
+        launch, memory = busy.pop("launch"), busy.pop("memory")
+        found[phase] = (float(one.calls), max(busy.values()), memory, launch)
     return found
 
 
-def nonnegative(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """(x, e) >= 0 minimising the squares of a e + b x - c over rows (a, b, c)."""
-    aa, bb = sum(a * a for a, _, _ in rows), sum(b * b for _, b, _ in rows)
-    ab = sum(a * b for a, b, _ in rows)
-    ac, bc = sum(a * c for a, _, c in rows), sum(b * c for _, b, c in rows)
-    candidates = [(max(0.0, bc / bb) if bb > 0 else 0.0, 0.0), (0.0, max(0.0, ac / aa) if aa > 0 else 0.0)]
-    determinant = aa * bb - ab * ab
-    if determinant > 1e-12 * aa * bb:
-        x, e = (aa * bc - ab * ac) / determinant, (bb * ac - ab * bc) / determinant
-        if x >= 0 and e >= 0:
-            candidates.append((x, e))
-    return min(candidates, key=lambda v: sum((a * v[1] + b * v[0] - c) ** 2 for a, b, c in rows))
+def nonnegative(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
+    """x >= 0 with the least squares of rows @ x - targets: the best of all choices of entries that are 0."""
+    import numpy as np
+
+    a, b = np.array(rows), np.array(targets)
+    n = a.shape[1]
+    best, least = np.zeros(n), float((b**2).sum())
+    for chosen in (c for size in range(1, n + 1) for c in combinations(range(n), size)):
+        columns = a[:, chosen]
+        scale = np.abs(columns).max(0)
+        if not (scale > 0).all():
+            continue
+        found = np.linalg.lstsq(columns / scale, b, rcond=None)[0] / scale
+        error = float(((columns @ found - b) ** 2).sum())
+        if (found >= 0).all() and error < least * (1 - 1e-9):
+            best, least = np.zeros(n), error
+            best[list(chosen)] = found
+    return [float(x) for x in best]
 
 
 def judge(cells: Sequence[Cell], ceilings: Ceilings) -> tuple[list[dict[str, Any]], Efficiency]:
@@ -339,6 +349,7 @@ def write_efficiency(efficiency: Efficiency, about: str) -> None:
 
     EFFICIENCY.write_text(
         f'{before}FITTED_ON = "{about}"\nSHARE: dict[str, float] = {{\n{listed(efficiency.share)}}}\n'
+        f"MEMORY_SHARE: dict[str, float] = {{\n{listed(efficiency.memory_share)}}}\n"
         f"EXTRA: dict[str, float] = {{  # seconds\n{listed(efficiency.extra)}}}\n"
     )
 
@@ -388,7 +399,7 @@ def main() -> None:
         content = {"schema": 2, "created": started.isoformat(timespec="seconds"), "machine": about,
                    "commit": commit(), "duration_seconds": round(spent, 1), "ceilings": ceilings.to_json(),
                    "left_out": left_out, "points": rows, "share": efficiency.share,
-                   "extra": efficiency.extra}  # fmt: skip
+                   "memory_share": efficiency.memory_share, "extra": efficiency.extra}  # fmt: skip
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
         if options.write:
             write_efficiency(efficiency, f"{about['cpu']}, {about['threads']} threads")

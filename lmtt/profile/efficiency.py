@@ -1,6 +1,6 @@
 """How close each phase comes to the ceilings: fitted by `benchmarks/predict.py`, which writes this file.
 
-seconds = calls * EXTRA + seconds at the ceilings / SHARE; a call is one layer of one prompt.
+`lmtt.profile.predict.Efficiency` says how they enter; a call is one layer of one prompt.
 """
 
 from __future__ import annotations
@@ -21,4 +21,5 @@ SHARE: dict[str, float] = {
     "store": 0.5,
     "transfer": 0.5,
 }
+MEMORY_SHARE: dict[str, float] = {}
 EXTRA: dict[str, float] = dict.fromkeys(SHARE, 0.0)

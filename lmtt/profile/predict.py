@@ -22,24 +22,35 @@ RESOURCES = ("compute", "memory", "disk", "bus", "launch")
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What phases reach: seconds = calls * extra + launches + seconds at the ceilings / share.
+    """What phases reach of the ceilings.
+
+    seconds = calls * extra + launches + compute / share + memory / memory_share, both at the ceilings: the
+    steps of a phase that compute and those that move bytes come one after the other. A phase without a
+    `memory_share` is as long as its slowest resource / share.
 
     Keys are phases, or "phase, dtype" for what another dtype reaches. `otherwise`: the share of all others.
     """
 
     share: Mapping[str, float]
+    memory_share: Mapping[str, float]
     extra: Mapping[str, float]
     otherwise: float = 1.0
 
-    def of(self, phase: str, dtype: str) -> tuple[float, float]:
-        """Share and extra seconds of a call."""
+    def seconds(self, phase: str, dtype: str, busy: Mapping[str, float], calls: int) -> float:
+        """Of a phase whose resources are busy for so long at least."""
         own = f"{phase}, {dtype}"
         name = own if own in self.share else phase
-        return self.share.get(name, self.otherwise), self.extra.get(name, 0.0)
+        share, memory = self.share.get(name, self.otherwise), self.memory_share.get(name)
+        rest = [spent for resource, spent in busy.items() if resource not in ("launch", "memory")]
+        if memory is None:
+            ideal = max(*rest, busy["memory"]) / share
+        else:
+            ideal = max(rest) / share + busy["memory"] / memory
+        return calls * self.extra.get(name, 0.0) + busy["launch"] + ideal
 
 
-FITTED = Efficiency(efficiency.SHARE, efficiency.EXTRA)
-ASSUMED = Efficiency({}, {}, ASSUMED_SHARE)
+FITTED = Efficiency(efficiency.SHARE, efficiency.MEMORY_SHARE, efficiency.EXTRA)
+ASSUMED = Efficiency({}, {}, {}, ASSUMED_SHARE)
 
 
 def reached(ceilings: Ceilings) -> Efficiency:
@@ -155,10 +166,7 @@ def estimate(
     phase: str, work: Work, calls: int, ceilings: Ceilings, efficiency: Efficiency, dtype: str
 ) -> Estimate:
     """Seconds of a phase that is called so often, and what bounds it."""
-    share, extra = efficiency.of(phase, dtype)
-    busy = work.at(ceilings)
-    launch = busy.pop("launch")
-    seconds = calls * extra + launch + max(busy.values()) / share
+    seconds = efficiency.seconds(phase, dtype, work.at(ceilings), calls)
     return Estimate(seconds, work, bound_of(work, seconds, ceilings), calls)
 
 

@@ -16,7 +16,13 @@ from lmtt.profile.predict import Efficiency, predict
 from lmtt.streaming.plan import WORKSPACE, Plan, Weights, estimate
 from lmtt.testing_models import tiny_model
 
-TRUE = Efficiency({"forward": 0.25, "lens": 0.4}, {"forward": 1e-3, "screening": 2e-3}, otherwise=0.5)
+PHASES = ("prompt", "dry run", "read", "decode", "forward", "closure", "screening", "exact evaluation",
+          "reduction", "transfer", "lens", "graph")  # fmt: skip
+TRUE = Efficiency(
+    {**dict.fromkeys(PHASES, 0.5), "forward": 0.25, "lens": 0.4},
+    dict.fromkeys(PHASES, 0.3),
+    {"forward": 1e-3, "screening": 2e-3},
+)
 
 
 @pytest.fixture
@@ -114,11 +120,14 @@ def test_efficiencies_are_written_as_code(tmp_path: Path, monkeypatch: pytest.Mo
     target = tmp_path / "efficiency.py"
     target.write_text(benchmark.EFFICIENCY.read_text())
     monkeypatch.setattr(benchmark, "EFFICIENCY", target)
-    benchmark.write_efficiency(Efficiency({"forward": 0.5}, {"forward": 1e-4}), "a machine")
+    benchmark.write_efficiency(
+        Efficiency({"forward": 0.5}, {"forward": 0.25}, {"forward": 1e-4}), "a machine"
+    )
     found: dict[str, Any] = {}
     code = compile(target.read_text(), "efficiency.py", "exec")
     eval(code, found)
     assert found["SHARE"] == {"forward": 0.5}
+    assert found["MEMORY_SHARE"] == {"forward": 0.25}
     assert found["EXTRA"] == {"forward": 1e-4}
 
 
