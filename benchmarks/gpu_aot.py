@@ -44,7 +44,7 @@ SCALARS: Types = {
     **dict.fromkeys(
         ("count", "heads", "group", "tokens", "window", "width", "pairs", "neurons", "vocabulary"), "i32"
     ),
-    "first_head": "i32",
+    **dict.fromkeys(("first_head", "stride"), "i32"),
     **dict.fromkeys(("out_head", "mask_head"), "i64"),
     **dict.fromkeys(("scale", "softcap", "margin"), "fp32"),
 }
@@ -52,7 +52,7 @@ INPUTS = (
     *("q", "k", "v", "w_o", "whole", "sinks", "mask", "alibi", "row_scale"),
     *("signs", "w_down", "act", "states", "w_u", "bias"),
 )
-ALIGNED = {"tokens", "width", "count", "neurons", "vocabulary"}  # multiples of 16 in real models
+ALIGNED = {"width", "neurons", "vocabulary", "stride"}  # multiples of 16 in real models
 
 
 @dataclass(frozen=True)

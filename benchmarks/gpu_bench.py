@@ -1,37 +1,45 @@
 """Times the GPU engine against its peers on layers of real shapes, and writes JSON and a table.
 
     python benchmarks/gpu_bench.py [--shapes NAME ...] [--tokens T ...] [--seconds S] [--json FILE]
+    TRITON_INTERPRET=1 python benchmarks/gpu_bench.py --dry-run
 
 For each shape and length: SDPA's flash forward and the layer's own forward (the price to be at), the tile
-pass given W_O r and the log-sum-exp, these two alone, attention and neurons of one layer screened
-and at screen 0, and where they fit a materialised torch decomposition and a chunked one. Attention patterns
-have a sink, a local band and a few far heads, never noise alone; peak memory beyond the inputs is measured
-too. Each figure is the median of repetitions timed with device events after a warm-up; shapes that time does
-not allow are listed as such.
+pass given W_O r and the log-sum-exp, these two alone, attention and neurons of one layer as traced and at
+screen 0, a materialised torch decomposition where it fits, and FlashTrace's inner loop at its chunk sizes.
+Patterns have a sink, a local band and a few far heads, never noise alone; real activations are measured too
+where gpu_capture.py has left some. Each figure is the median of repetitions timed with device events; what
+time does not allow is listed as such. `gates` in the JSON hold what was measured against what was promised.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import cases
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from lmtt.kernels import registry
 from lmtt.kernels.directional_attention.fused import launch_tiles, row_logsumexp
-from lmtt.kernels.triton_host import operands
+from lmtt.kernels.triton_host import operands, product
 from lmtt.kernels.types import Attention, AttentionTask, NeuronTask
 
-DEVICE = "cuda"
 WORKSPACE = 1 << 30
+TOKENS = [512, 2048, 4096, 8192]
+ACTIVATIONS = Path(__file__).resolve().parent.parent / "build/gpu-activations"
+AS_TRACED: dict[str, Any] = {"screen": 1e-4, "max_certificate": 0.05, "keep": 1e-3}
+DESTINATIONS, SOURCES = 32, 128  # FlashTrace's chunks
+MOST_DENSE = 3e13  # coordinates of pairs that Triton's exact evaluation gets: a few seconds
+MOST_FLASHTRACE = 3e12  # and that FlashTrace's loop gets
 FLASH_LIMIT = 1.6  # of the flash forward's time, for the tile pass at T >= 2048
 
 
@@ -51,28 +59,64 @@ SHAPES = {
     "llama-3-8b": Shape(32, 8, 128, 4096, 14336),
     "llama-3-70b": Shape(64, 8, 128, 8192, 28672),
 }
+TINY = {"tiny": Shape(2, 1, 16, 48, 64)}  # of a dry run
 
 
-def milliseconds(work: Callable[[], Any], seconds: float) -> float:
-    """Median time of one call, by device events."""
-    work()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    end = time.monotonic() + seconds
-    while len(times) < 3 or (time.monotonic() < end and len(times) < 50):
-        begin, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+class Machine:
+    """The device that is measured, or the CPU, on which only the logic of this script can be tried."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.cuda = device, device == "cuda"
+
+    def milliseconds(self, work: Callable[[], Any], seconds: float) -> float:
+        """Median time of one call, by device events, after a warm-up."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            work()
+            return (time.perf_counter() - begin) * 1e3
         work()
-        stop.record()
-        stop.synchronize()
-        times.append(begin.elapsed_time(stop))
-    return statistics.median(times)
+        torch.cuda.synchronize()
+        times: list[float] = []
+        end = time.monotonic() + seconds
+        while len(times) < 3 or (time.monotonic() < end and len(times) < 50):
+            begin_event, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin_event.record()
+            work()
+            stop.record()
+            stop.synchronize()
+            times.append(begin_event.elapsed_time(stop))
+        return statistics.median(times)
+
+    def peak(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What a call returns, and the bytes that it held at most beyond what there was before."""
+        if not self.cuda:
+            return work(), 0
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return work(), torch.cuda.max_memory_allocated() - before
+
+    def free(self) -> int:
+        return int(torch.cuda.mem_get_info()[0]) if self.cuda else 1 << 30
+
+    def name(self) -> str:
+        return torch.cuda.get_device_properties(0).name if self.cuda else "cpu, interpreted: no measurement"
 
 
-def layer(shape: Shape, tokens: int) -> tuple[AttentionTask, NeuronTask, Callable[[], Tensor]]:
-    """Tasks of one bf16 layer whose parts add up to its wholes, and the layer's forward from q, k, v on."""
+@dataclass(frozen=True)
+class Layer:
+    """Tasks of one bf16 layer whose parts add up to its wholes, and the layer's own forward."""
+
+    name: str
+    attention: AttentionTask
+    neurons: NeuronTask
+    forward: Callable[[], Tensor] | None  # None where only activations are known
+
+
+def synthetic(name: str, tokens: int, device: str) -> Layer:
+    """A layer of one of SHAPES with random weights and planted attention."""
     torch.manual_seed(0)
-    s, dtype, device = shape, torch.bfloat16, DEVICE
+    s, dtype = (SHAPES | TINY)[name], torch.bfloat16
 
     def draw(*size: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype).mul_(scale)
@@ -109,11 +153,30 @@ def layer(shape: Shape, tokens: int) -> tuple[AttentionTask, NeuronTask, Callabl
     mid = x + attend()
     act = silu(mid @ w_gate) * (mid @ w_up)
     post = mid + act @ w_down
-    return (
-        AttentionTask(attention, x, mid, screen=1e-4, max_certificate=0.05, keep=1e-3, workspace=WORKSPACE),
+    return Layer(
+        name,
+        AttentionTask(attention, x, mid, workspace=WORKSPACE, **AS_TRACED),
         NeuronTask(act, w_down, mid, post, k=20, screen=1e-3, workspace=WORKSPACE),
         forward,
     )
+
+
+def captured(path: Path, tokens: int, device: str) -> Layer:
+    """The first tokens of a real layer's activations, as gpu_capture.py wrote them."""
+    case = cases.load(path, tokens)
+
+    def moved(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(device)
+        if isinstance(x, tuple):
+            return tuple(moved(y) for y in x)
+        if hasattr(x, "__dataclass_fields__"):
+            return replace(x, **{f.name: moved(getattr(x, f.name)) for f in fields(x)})
+        return x
+
+    attention = replace(moved(case.attention), workspace=WORKSPACE, **AS_TRACED)
+    neurons = replace(moved(case.neurons), screen=1e-3, workspace=WORKSPACE)
+    return Layer(f"captured {path.stem}", attention, neurons, None)
 
 
 def materialised(task: AttentionTask) -> Tensor:
@@ -127,150 +190,220 @@ def materialised(task: AttentionTask) -> Tensor:
     return (y.float().abs().sum(-1) - (y - parts).float().abs().sum(-1)).clamp(min=0)
 
 
-def chunked(task: AttentionTask, rows: int = 128) -> Tensor:
-    """One head and a few destinations at a time, nothing of size [T, T, D] held; edges [T, T]."""
-    a, tokens = task.attention, task.whole.shape[0]
-    edges = torch.zeros(tokens, tokens, device=task.whole.device)
-    step = max(1, rows * 4096 // tokens // 16)
-    for h in range(a.heads):
-        u = a.v[h // a.group] @ a.w_o[h]
-        for i in range(0, tokens, step):
-            last = min(tokens, i + step)
-            logits = (a.q[h, i:last] @ a.k[h // a.group, :last].T).float() * a.scale
-            seen = torch.arange(last, device=u.device) <= torch.arange(i, last, device=u.device)[:, None]
-            weight = logits.masked_fill_(~seen, -torch.inf).softmax(-1)
-            y = task.whole[i:last].float()[:, None]
-            near = y.abs().sum(-1) - (y - weight[..., None] * u[:last].float()).abs().sum(-1)
-            edges[i:last, :last] += near.clamp_(min=0)
+def flashtrace_chunks(task: AttentionTask, every: int = 1) -> Tensor:
+    """FlashTrace's inner loop, written anew: 32 destinations by 128 sources, all heads at once; edges [T, T].
+
+    It is given the pattern's log-sum-exp for nothing. With `every` only each such block of destinations.
+    """
+    a, tokens, device = task.attention, task.whole.shape[0], task.whole.device
+    edges = torch.zeros(tokens, tokens, device=device)
+    k, v = (x.repeat_interleave(a.group, 0) for x in (a.k, a.v))
+    for i0 in range((every - 1) // 2 * DESTINATIONS, tokens, DESTINATIONS * every):
+        i1 = min(tokens, i0 + DESTINATIONS)
+        i = torch.arange(i0, i1, device=device)
+        logits = (a.q[:, i0:i1] @ k[:, :i1].mT).float() * a.scale
+        logits.masked_fill_(torch.arange(i1, device=device) > i[:, None], -torch.inf)
+        pattern = logits.softmax(-1)
+        y = task.whole[i0:i1].float()
+        mass = y.abs().sum(-1)[:, None, None]
+        for j0 in range(0, i1, SOURCES):
+            j1 = min(i1, j0 + SOURCES)
+            u = torch.einsum("hje,hed->jhd", v[:, j0:j1], a.w_o)
+            parts = pattern[:, :, j0:j1].permute(1, 2, 0)[..., None] * u.float()
+            parts -= y[:, None, None]
+            edges[i0:i1, j0:j1] = (mass - parts.abs().sum(-1)).clamp_(min=0).sum(-1)
     return edges
 
 
-def measure_kernels(
-    attention: AttentionTask, forward: Callable[[], Tensor], shape: Shape, seconds: float
-) -> dict[str, Any]:
+def measure_kernels(layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
     """The regular kernels and their peers; nothing outlives this function."""
-    a, tokens = attention.attention, attention.whole.shape[0]
+    a, tokens = layer.attention.attention, layer.attention.whole.shape[0]
+    heads, d_model = a.heads, a.w_o.shape[2]
     of = operands(a)
-    rows = torch.arange(tokens, device=DEVICE)
-    signs = torch.where(attention.whole < 0, -1.0, 1.0).to(a.w_o.dtype)
+    rows = torch.arange(tokens, device=machine.device)
+    signs = torch.where(layer.attention.whole < 0, -1.0, 1.0).to(a.w_o.dtype)
     towards, lse = of.directions(signs, rows), row_logsumexp(of)
-    edges = torch.zeros(tokens, tokens, device=DEVICE)
-    flat = a.w_o.reshape(-1, shape.d_model)
+    edges = torch.zeros(tokens, tokens, device=machine.device)
+    sums = torch.zeros(heads, tokens, device=machine.device)
+    flat = a.w_o.reshape(-1, d_model)
     run: dict[str, Callable[[], Any]] = {
         "flash_forward": lambda: scaled_dot_product_attention(
             a.q[None], a.k[None], a.v[None], is_causal=True, enable_gqa=True
         ),
-        "layer_forward": forward,
         "tile_pass": lambda: launch_tiles(of, lse, rows, towards, edges, "heads"),
-        "row_sums": lambda: (
-            launch_tiles(of, lse, rows, towards, edges[: shape.heads], "sources")
-            if tokens >= shape.heads
-            else None
-        ),
+        "row_sums": lambda: launch_tiles(of, lse, rows, towards, sums, "sources"),
         "log_sum_exp": lambda: row_logsumexp(of),
-        "projection": lambda: torch.mm(signs, flat.T, out_dtype=torch.float32),
+        "projection": lambda: product(signs, flat),
     }
-    result: dict[str, Any] = {}
-    for label, work in run.items():
-        result[label] = milliseconds(work, seconds)
+    if layer.forward is not None:
+        run["layer_forward"] = layer.forward
+    result: dict[str, Any] = {label: machine.milliseconds(work, seconds) for label, work in run.items()}
     result["tile_pass_over_flash"] = result["tile_pass"] / result["flash_forward"]
-    flops = 2.0 * tokens * flat.numel()
-    square = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    dense = 2 * 8192.0**3 / milliseconds(lambda: square @ square, seconds)
-    result["projection_rate_over_gemm"] = flops / result["projection"] / dense
+    side = 8192 if machine.cuda else 64
+    square = torch.randn(side, side, device=machine.device, dtype=torch.bfloat16)
+    dense = 2.0 * side**3 / machine.milliseconds(lambda: square @ square, seconds)
+    result["projection_rate_over_gemm"] = 2.0 * tokens * flat.numel() / result["projection"] / dense
     return result
 
 
-def measure(name: str, shape: Shape, tokens: int, seconds: float) -> dict[str, Any]:
-    """All figures of one shape and length, in milliseconds unless named otherwise."""
-    attention, neurons, forward = layer(shape, tokens)
-    result = {"shape": name, "tokens": tokens, **measure_kernels(attention, forward, shape, seconds)}
+def measure_backend(backend: str, layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
+    """Attention and neurons by one backend, as traced and at screen 0, by its name; or why it cannot run."""
+    reason = registry.availability()[backend]
+    if reason is not None:
+        return {backend: f"not run: {reason}"}
+    result: dict[str, Any] = {}
+    exact = replace(layer.attention, screen=0.0)
+    dims = layer.attention.whole.shape[0] ** 2 * layer.attention.attention.w_o.numel()
+    tasks: list[tuple[str, AttentionTask | NeuronTask]] = [
+        ("attention", layer.attention),
+        ("neurons", layer.neurons),
+    ]
+    if backend == "cuda" or dims < MOST_DENSE:
+        tasks.append(("attention_exact", exact))
+    else:
+        result[f"{backend}_attention_exact"] = "not run: more than the time given"
+    for label, task in tasks:
+        op = "neuron_contributions" if isinstance(task, NeuronTask) else "attention_contributions"
+        outcome, held = machine.peak(lambda op=op, task=task: registry.run(op, task, backend=backend)[0])
+        result[f"{backend}_{label}_bytes"] = held
+        result[f"{backend}_{label}_evaluated"] = outcome.evaluated
+        result[f"{backend}_{label}_positive"] = outcome.positive
+        result[f"{backend}_{label}"] = machine.milliseconds(
+            lambda op=op, task=task: registry.run(op, task, backend=backend), seconds
+        )
+    return result
+
+
+def measure(layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
+    """All figures of one layer, in milliseconds unless named otherwise."""
+    attention, tokens = layer.attention, layer.attention.whole.shape[0]
+    heads, _, d_model = attention.attention.w_o.shape
+    result = {"shape": layer.name, "tokens": tokens, **measure_kernels(layer, machine, seconds)}
+    if layer.forward is not None:
+        _, result["layer_forward_bytes"] = machine.peak(layer.forward)
     for backend in ("cuda", "triton"):
-        if registry.availability()[backend] is not None:
-            result[backend] = registry.availability()[backend]
-            continue
-        for label, task in (
-            ("attention", attention),
-            ("neurons", neurons),
-            *(
-                [("attention_exact", replace(attention, screen=0.0))]
-                if backend == "cuda" or tokens <= 1024
-                else []
-            ),
-        ):
-            op = "neuron_contributions" if isinstance(task, NeuronTask) else "attention_contributions"
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            outcome = registry.run(op, task, backend=backend)[0]
-            result[f"{backend}_{label}_bytes"] = torch.cuda.max_memory_allocated() - before
-            result[f"{backend}_{label}_evaluated"] = outcome.evaluated
-            result[f"{backend}_{label}"] = milliseconds(
-                lambda op=op, task=task, backend=backend: registry.run(op, task, backend=backend), seconds
-            )
-        total = result[f"{backend}_attention"] + result[f"{backend}_neurons"]
-        result[f"{backend}_over_layer"] = total / result["layer_forward"]
-    for label, peer, bytes_needed in (
-        ("materialised", materialised, 6.0 * shape.heads * tokens**2 * shape.d_model),
-        ("chunked", chunked, 0.0),
-    ):
-        work = tokens**2 * shape.heads * shape.d_model
-        if bytes_needed > 0.6 * torch.cuda.mem_get_info()[0]:
-            result[label] = f"not run: needs {bytes_needed / 2**30:.0f} GiB"
-        elif work > 3e12:
-            result[label] = "not run: more than the time given"
-        else:
-            result[label] = milliseconds(lambda peer=peer: peer(attention), 0.0)
+        result |= measure_backend(backend, layer, machine, seconds)
+        both = [result.get(f"{backend}_{op}") for op in ("attention", "neurons")]
+        if layer.forward is not None and all(isinstance(x, float) for x in both):
+            result[f"{backend}_over_layer"] = sum(both) / result["layer_forward"]
+    needed = 14.0 * heads * tokens**2 * d_model
+    if needed > 0.6 * machine.free():
+        result["materialised"] = f"not run: needs {needed / 2**30:.0f} GiB"
+    else:
+        result["materialised"] = machine.milliseconds(lambda: materialised(attention), 0.0)
+    # Of long prompts a sample of its blocks of destinations, evenly spaced, scaled up.
+    every = max(1, round(heads * d_model * tokens**2 / MOST_FLASHTRACE))
+    every = min(every, -(-tokens // DESTINATIONS))
+    work = machine.milliseconds(lambda: flashtrace_chunks(attention, every), 0.0)
+    result["flashtrace_chunks"], result["flashtrace_blocks_measured"] = work * every, 1 / every
     return result
+
+
+def gates(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What was promised, beside what was measured; `met` is None where nothing was."""
+
+    def gate(what: str, value: Any, limit: float, *, least: bool = False) -> dict[str, Any]:
+        number = value if isinstance(value, float) else None
+        met = None if number is None else bool(number >= limit if least else number <= limit)
+        return {"gate": what, "got": number, "limit": limit, "met": met}
+
+    for r in results:
+        at = f"{r['shape']}, T = {r['tokens']}"
+        big = r["shape"] in ("llama-3-8b", "llama-3-70b")
+        if big and r["tokens"] >= 2048:
+            yield gate(f"{at}: tile pass / flash forward", r.get("tile_pass_over_flash"), FLASH_LIMIT)
+        if big and r["tokens"] >= 4096:
+            yield gate(f"{at}: W_O r / GEMM rate", r.get("projection_rate_over_gemm"), 0.8, least=True)
+        if big and r["tokens"] == 4096:
+            ratios = [x for b in ("cuda", "triton") if isinstance(x := r.get(f"{b}_over_layer"), float)]
+            yield gate(f"{at}: everything / layer forward", min(ratios, default=None), 1.0)
+        if r["shape"] == "llama-3-8b" and r["tokens"] == 5010:
+            for label, limit in (("attention_exact", 6.0), ("attention", 0.6)):
+                times = [x for b in ("cuda", "triton") if isinstance(x := r.get(f"{b}_{label}"), float)]
+                seconds = min(times) * 36 / 1e3 if times else None
+                yield gate(f"{at}: 36 layers of {label}, s", seconds, limit)
+        if r["shape"] == "llama-3-8b" and r["tokens"] == 10_000:
+            yield gate(f"{at}: completes", None if "not run" in r else 1.0, 1.0, least=True)
+
+
+def plan(options: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], Layer]]]:
+    """What is measured, the most wanted first: name, tokens, and how to make it."""
+    device = options.device
+    wanted = [("llama-3-8b", 4096), ("llama-3-70b", 4096), ("llama-3-8b", 5010), ("llama-3-8b", 10_000)]
+    rest = [(name, tokens) for tokens in options.tokens for name in options.shapes]
+    if options.shapes != list(SHAPES) or options.tokens != TOKENS:
+        wanted = []
+    for name, tokens in dict.fromkeys(wanted + rest):
+        yield name, tokens, lambda name=name, tokens=tokens: synthetic(name, tokens, device)
+    for path in sorted(options.activations.glob("*.safetensors")):
+        for tokens in (512, 2048):
+            yield (
+                f"captured {path.stem}",
+                tokens,
+                lambda path=path, tokens=tokens: captured(path, tokens, device),
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048, 4096, 8192])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=(*SHAPES, *TINY))
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=0.15, help="per figure")
     parser.add_argument("--limit", type=float, default=220.0, help="seconds for everything")
+    parser.add_argument("--activations", type=Path, default=ACTIVATIONS, help="folder of gpu_capture.py")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny and interpreted: no timings")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    begin, results = time.monotonic(), []
-    asked = [(name, tokens) for tokens in options.tokens for name in options.shapes]
-    if "llama-3-8b" in options.shapes:
-        asked.append(("llama-3-8b", 10_000))  # where the peers run out of memory
-    for name, tokens in asked:
+    options.device = "cpu" if options.dry_run else "cuda"
+    if options.dry_run:
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            parser.error("--dry-run needs TRITON_INTERPRET=1 in the environment")
+        options.shapes, options.tokens = ["tiny"], [70]
+    if reason := registry.availability()["triton"]:
+        parser.error(f"Triton's kernels cannot run here: {reason}")
+    machine, begin = Machine(options.device), time.monotonic()
+    results: list[dict[str, Any]] = []
+    for name, tokens, make in plan(options):
         if time.monotonic() - begin > options.limit:
             results.append({"shape": name, "tokens": tokens, "not run": "the time given was spent"})
-            continue
-        try:
-            results.append(measure(name, SHAPES[name], tokens, options.seconds))
-        except torch.OutOfMemoryError as error:
-            results.append({"shape": name, "tokens": tokens, "not run": f"out of memory: {error}"[:200]})
-        torch.cuda.empty_cache()
-        r = results[-1]
+        else:
+            try:
+                results.append(measure(make(), machine, options.seconds))
+            except torch.OutOfMemoryError as error:
+                why = f"out of memory: {error}"[:200]
+                results.append({"shape": name, "tokens": tokens, "not run": why})
+            if machine.cuda:
+                torch.cuda.empty_cache()
         shown = {
-            k: round(v, 3) if isinstance(v, float) else v for k, v in r.items() if not k.endswith("_bytes")
+            k: round(v, 3) if isinstance(v, float) else v
+            for k, v in results[-1].items()
+            if not k.endswith("_bytes")
         }
         print(json.dumps(shown), flush=True)
-    device = torch.cuda.get_device_properties(0)
+    judged = list(gates(results))
     record = {
-        "device": device.name,
+        "device": machine.name(),
         "torch": torch.__version__,
-        "shapes": {name: asdict(shape) for name, shape in SHAPES.items()},
+        "shapes": {name: asdict(shape) for name, shape in (SHAPES | TINY).items()},
         "results": results,
+        "gates": judged,
     }
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
+    columns = ("tile_pass_over_flash", "layer_forward", "cuda_over_layer", "triton_over_layer")
     print(
-        f"\n{'shape':14} {'T':>6} {'tile/flash':>10} {'layer ms':>9} {'cuda/layer':>10} {'triton/layer':>12}"
+        f"\n{'shape':22} {'T':>6} {'tile/flash':>10} {'layer ms':>10} {'cuda/layer':>10} {'triton/layer':>12}"
     )
     for r in results:
-        cells = [
-            r.get(k)
-            for k in ("tile_pass_over_flash", "layer_forward", "cuda_over_layer", "triton_over_layer")
-        ]
+        cells = [r.get(k) for k in columns]
         shown_cells = " ".join(f"{c:10.2f}" if isinstance(c, float) else f"{'-':>10}" for c in cells)
-        late = r["tokens"] >= 2048 and r.get("tile_pass_over_flash", 0) > FLASH_LIMIT
-        print(f"{r['shape']:14} {r['tokens']:6} {shown_cells}{'  slower than its limit' if late else ''}")
+        print(f"{r['shape']:22} {r['tokens']:6} {shown_cells}")
+    for g in judged:
+        word = {None: "not measured", True: "met", False: "MISSED"}[g["met"]]
+        got = "" if g["got"] is None else f"{g['got']:.3g} "
+        print(f"{g['gate']}: {got}(limit {g['limit']:g}) {word}")
 
 
 if __name__ == "__main__":

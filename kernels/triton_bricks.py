@@ -13,6 +13,10 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# Arguments that change with the prompt: a kernel is compiled once for all their values, and not again where
+# one of them is 1 or a multiple of 16.
+VARIES = ["count", "heads", "group", "tokens", "window", "mask_head", "out_head", "pairs", "first_head"]
+
 
 @triton.jit
 def load_rows(base, offsets, seen, first: tl.constexpr, width: tl.constexpr, step: tl.constexpr):

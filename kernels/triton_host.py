@@ -76,10 +76,8 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
     """
     if interpreted():
         return Tile(32, 32, 4, 1, inside=64)
-    if dtype == torch.float32:  # what the compiler spills follows no rule: found by trying
-        if width > 128:
-            return Tile(32, 32, 4 if width <= 192 else 8, 2)
-        return Tile(32, 32, 4, 2, screen_warps=4) if width == 96 else Tile(32, 64, 8, 2)
+    if dtype == torch.float32:  # products are done in registers: 16 rows are as many as never spill
+        return Tile(16, 64 if width <= 128 else 32, 4, 2, screen_warps=4)
     if width > 128 and chip in SMALL_SHARED:
         return Tile(32, 32, 4, 2)
     if chip < 90 or width > 128 or chip in SMALL_SHARED:

@@ -21,6 +21,7 @@ from lmtt.kernels.budget import WORKSPACE
 from lmtt.kernels.directional_attention.reference import Reduce
 from lmtt.kernels.triton_bricks import (
     LOG2_E,
+    VARIES,
     attention_logits,
     dot_rows,
     inside_pairs,
@@ -33,7 +34,7 @@ from lmtt.kernels.triton_host import Directions, Operands, chunks, depth_step, o
 from lmtt.kernels.types import Attention
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _row_logsumexp(
     q, k, sinks, lse, group, tokens, scale, softcap, window, mask, mask_head, alibi,
     E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -69,7 +70,7 @@ def _row_logsumexp(
     tl.store(lse + head * tokens + i, result, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _tiles(
     q, k, v, w, w_low, unit, lse, rows, out, count, out_head, heads, group, tokens,
     scale, softcap, window, mask, mask_head, alibi,
@@ -116,7 +117,7 @@ def _tiles(
     tl.store(at, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _tiles_inside(
     q, k, v, w, w_low, unit, lse, rows, out, count, heads, group, tokens, scale, window,
     E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr,
@@ -143,7 +144,7 @@ def _tiles_inside(
     tl.store(at, total * tl.load(unit + r)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _row_sums(
     q, k, v, w, w_low, unit, lse, rows, out, count, heads, group, tokens,
     scale, softcap, window, mask, mask_head, alibi,

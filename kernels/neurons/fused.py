@@ -23,7 +23,7 @@ from lmtt.kernels.measures import measure
 from lmtt.kernels.numerics import certificate, divide, sign, tensor_core_margin
 from lmtt.kernels.proximity.fused import evaluate_list
 from lmtt.kernels.topk import stable_topk
-from lmtt.kernels.triton_bricks import positive
+from lmtt.kernels.triton_bricks import VARIES, positive
 from lmtt.kernels.triton_host import chip, chunks, interpreted, pieces
 from lmtt.kernels.types import NeuronResult, NeuronTask
 
@@ -32,7 +32,7 @@ from lmtt.kernels.types import NeuronResult, NeuronTask
 Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _screen(
     signs, w_down, act, row_scale, norms, threshold, bound, values, stats, count, neurons, width, margin,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROW_SCALE: tl.constexpr,

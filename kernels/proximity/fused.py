@@ -29,8 +29,8 @@ from lmtt.kernels.directional_attention.fused import row_logsumexp
 from lmtt.kernels.measures import l2
 from lmtt.kernels.numerics import SPLIT_LOSS, certificate, divide, ieee_matmul, sign, tensor_core_margin
 from lmtt.kernels.proximity.reference import _join, _other_parts, _Rows
-from lmtt.kernels.proximity.screen import run_screen, turn_bits
-from lmtt.kernels.triton_bricks import pair_weights, positive, tanh
+from lmtt.kernels.proximity.screen import row_stride, run_screen, turn_bits
+from lmtt.kernels.triton_bricks import VARIES, pair_weights, positive, tanh
 from lmtt.kernels.triton_host import (
     Directions,
     Operands,
@@ -51,7 +51,7 @@ OTHER_ROWS = 128  # destinations whose residual, bias and others are evaluated a
 LISTED_BYTES = 48  # per listed pair: indices, coefficient, value and what sorting them takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _coefficients(
     q, k, lse, rows, scale, softcap, window, mask, mask_head, alibi, row_scale,
     v, w, w_low, unit, pair_head, pair_source, pair_row, out, out_g, pairs, heads, group, tokens,
@@ -104,7 +104,7 @@ def _coefficients(
     tl.store(out + n, c, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _evaluate(
     u, u_row, row, coefficient, whole, out, pairs, width,
     BL: tl.constexpr, BD: tl.constexpr,
@@ -126,7 +126,7 @@ def _evaluate(
     tl.store(out + n, positive(tl.sum(total, 1)), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _dense(
     q, k, v, lse, w_o, whole, rows, tiles, values, first_head, count, heads, group, tokens, width,
     scale, softcap, window, mask, mask_head, alibi, row_scale,
@@ -392,7 +392,7 @@ def attention_contributions(
     lse = row_logsumexp(of)
     per_source = _source_norms(task, of)
     out = _Results(
-        edges=torch.zeros(tokens, tokens, device=device),
+        edges=torch.zeros(tokens, row_stride(tokens), device=device)[:, :tokens],
         per_head=torch.zeros(tokens, heads, device=device),
         parts=torch.zeros(tokens, 2 + len(task.others), device=device),
         normaliser=torch.zeros(tokens, device=device),
@@ -453,9 +453,8 @@ def _source_norms(task: AttentionTask, of: Operands) -> Tensor:
         absolute = a.v.float().abs()
         with ieee_matmul():
             sums = absolute @ norms.view(-1, a.group, a.v.shape[2]).mT  # [H_kv, T, group]
-        out: Tensor = sums.mT.reshape(heads, tokens) * tensor_core_margin(
-            a.w_o.shape[1] + a.w_o.shape[2], of.split
-        )
+        out = torch.zeros(heads, row_stride(tokens), device=a.q.device)[:, :tokens]
+        out += sums.mT.reshape(heads, tokens) * tensor_core_margin(sum(a.w_o.shape[1:]), of.split)
         if of.split:
             largest = absolute.masked_fill(~absolute.isfinite(), 0).amax()
             lost = (
@@ -464,7 +463,7 @@ def _source_norms(task: AttentionTask, of: Operands) -> Tensor:
             )
             out += lost * SPLIT_LOSS
         return out
-    out = torch.empty(heads, tokens, device=a.q.device)
+    out = torch.zeros(heads, row_stride(tokens), device=a.q.device)[:, :tokens]
     for h in range(heads):
         v, w_o = a.v[h // a.group], a.w_o[h].double()
         out[h] = ((v.double() @ (w_o @ w_o.T)) * v).sum(-1).clamp_(min=0).sqrt_()

@@ -20,6 +20,7 @@ from lmtt.kernels.directional_attention.fused import inside_arguments, tile_argu
 from lmtt.kernels.numerics import L2_NEARLY_EQUAL
 from lmtt.kernels.triton_bricks import (
     LOG2_E,
+    VARIES,
     fold,
     inside_pairs,
     is_inside,
@@ -36,11 +37,11 @@ HUGE = tl.constexpr(1e18)  # of a part in units of the row: its square is still 
 TURNED_WORDS = 4  # of 32 sources by 32 rows, of one program of `_turn_bits`
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _screen(
     q, k, v, w, w_low, unit, lse, rows, count, heads, group, tokens, scale, softcap, window,
     mask, mask_head, alibi,
-    per_source, per_row, threshold, listed, whole_norm,
+    stride, per_source, per_row, threshold, listed, whole_norm,
     edges, head_part, stats, bits, keep_bits,
     E: tl.constexpr, BE: tl.constexpr, E_V: tl.constexpr, BE_V: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
@@ -82,7 +83,7 @@ def _screen(
         g = pair_products(v, w, w_low, unit, r, real, j, head, heads, group, tokens, E_V, BE_V, BM, BN, SPLIT)
         d = tl.where(seen, weight * g, 0.0)
         row_factor = tl.load(per_row + r * heads + head, mask=real, other=0.0)
-        of_source = tl.load(per_source + head * tokens + j, mask=j < tokens, other=0.0)
+        of_source = tl.load(per_source + head * stride + j, mask=j < tokens, other=0.0)
         if L2:
             norm = tl.load(whole_norm + r, mask=real, other=0.0)[:, None]
             x = tl.minimum(weight * of_source[None, :] * row_factor[:, None], HUGE)
@@ -112,7 +113,7 @@ def _screen(
         if KEEP:
             least = tl.load(listed + r, mask=real, other=float("inf"))
             tl.store(keep_bits + at, pack(first_order > least[:, None], BM, BN), mask=there)
-    at = i[:, None].to(tl.int64) * tokens + j[None, :]
+    at = i[:, None].to(tl.int64) * stride + j[None, :]
     tl.store(edges + at, edge, mask=real[:, None] & (j < tokens)[None, :])
     at = stats + block.to(tl.int64) * 4 * count + r
     tl.store(at, skipped, mask=real)
@@ -121,10 +122,10 @@ def _screen(
     tl.store(at + 3 * count, hopeful, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _screen_inside(
     q, k, v, w, w_low, unit, lse, rows, count, heads, group, tokens, scale, window,
-    per_source, per_row, threshold, listed, edges, head_part, stats, bits, keep_bits,
+    stride, per_source, per_row, threshold, listed, edges, head_part, stats, bits, keep_bits,
     E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PART: tl.constexpr, WINDOW: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +161,7 @@ def _screen_inside(
                 q, w, w_low, lse, keys, values, at_q, at_w, i, head, tokens, scale * LOG2_E, E
             )
             row_factor = tl.load(per_row + r * heads + head) * per_unit
-            of_source = tl.load(per_source + head * tokens + j)
+            of_source = tl.load(per_source + head * stride + j)
             d = weight * high
             d += weight * low
             slack = weight * row_factor[:, None] * of_source[None, :]
@@ -180,7 +181,7 @@ def _screen_inside(
             if KEEP:
                 tl.store(keep_bits + at, pack(first_order > least, BM, BN))
     edge *= units[:, None]
-    tl.store(edges + i[:, None].to(tl.int64) * tokens + j[None, :], edge)
+    tl.store(edges + i[:, None].to(tl.int64) * stride + j[None, :], edge)
     # What a first-order value may be wrong by is itself and its slack.
     skipped = tl.sum(slacks, 2) * units[:, None] + tl.sum(tl.reshape(edge, [BM, BN // PART, PART]), 2)
     at = stats + part.to(tl.int64)[None, :] * 4 * count + r[:, None]
@@ -190,7 +191,7 @@ def _screen_inside(
     tl.store(at + 3 * count, tl.sum(hopeful, 2).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _turn_bits(by_row, by_source, count, tokens, WORDS: tl.constexpr):
     """by_source[g, j, m] bit b = by_row[g, 32 m + b, j / 32] bit j % 32; tiles without any stay unwritten."""
     g = tl.program_id(2).to(tl.int64)
@@ -205,6 +206,14 @@ def _turn_bits(by_row, by_source, count, tokens, WORDS: tl.constexpr):
     turned = tl.sum(((found[:, :, None] >> b[None, None, :]) & 1) << tl.arange(0, 32)[:, None, None], 0)
     j = word[:, None] * 32 + b[None, :]
     tl.store(by_source + (g * tokens + j) * words_out + tl.program_id(1), turned, mask=j < tokens)
+
+
+def row_stride(tokens: int) -> int:
+    """Elements from row to row of what the screen reads and writes by source: aligned, whatever the length.
+
+    Without that its addresses take more registers than there are.
+    """
+    return -(-tokens // 16) * 16
 
 
 def turn_bits(by_row: Tensor, tokens: int) -> Tensor:
@@ -237,7 +246,10 @@ def run_screen(
     keep: bool,
     consecutive: bool,
 ) -> Screened:
-    """Screen destinations `rows` [R]; `scalars` by the names of `_screen`. Writes rows of `edges` [T, T]."""
+    """Screen destinations `rows` [R]; `scalars` by the names of `_screen`. Writes rows of `edges` [T, T].
+
+    Rows of `edges` and of `per_source` begin `row_stride` apart.
+    """
     device, (heads, tokens), count = rows.device, of.attention.q.shape[:2], len(rows)
     inside = of.inside if consecutive and not l2 else 0
     blocks, words = triton.cdiv(tokens, of.tile.BN), triton.cdiv(tokens, 32)
@@ -245,7 +257,14 @@ def run_screen(
     stats = torch.zeros(blocks, 4, count, device=device)
     bits = torch.zeros(heads, count, words, dtype=torch.int32, device=device)
     keep_bits = torch.zeros_like(bits) if keep else bits[:0]
-    results = {"edges": edges, "head_part": head_part, "stats": stats, "bits": bits, "keep_bits": keep_bits}
+    results = {
+        "stride": row_stride(tokens),
+        "edges": edges,
+        "head_part": head_part,
+        "stats": stats,
+        "bits": bits,
+        "keep_bits": keep_bits,
+    }
     arguments = tile_arguments(of, lse, rows.int(), towards)
     row_blocks = triton.cdiv(count, of.tile.BM)
     if inside and tokens >= inside:

@@ -18,12 +18,12 @@ from torch import Tensor
 from lmtt.kernels.budget import WORKSPACE
 from lmtt.kernels.neurons.fused import tile
 from lmtt.kernels.topk import stable_topk
-from lmtt.kernels.triton_bricks import capped
+from lmtt.kernels.triton_bricks import VARIES, capped
 from lmtt.kernels.triton_host import chip, chunks
 from lmtt.kernels.types import TopK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def _logits(
     states, w_u, bias, out, largest, exponentials, count, vocabulary, width, scale, softcap,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
