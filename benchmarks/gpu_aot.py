@@ -182,6 +182,9 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                 f"coefficients {name} {width}", proximity._coefficients, name,
                 {**heads, "BL": bl, "SPLIT": split, **plain, "ROW_SCALE": True}, 4, 3, bl * width,
             )  # fmt: skip
+        if split:
+            sizes = {"BLOCK": neurons.BLOCK, "K": 32}
+            yield Case("best neurons", neurons._best, name, sizes, 4, 3, neurons.BLOCK)
         bl, bd = proximity.LIST_PAIRS, proximity.LIST_DEPTH
         yield Case(f"evaluate {name}", proximity._evaluate, name, {"BL": bl, "BD": bd}, 4, 3, bl * bd)
         for kernel, n, constants in (
@@ -209,6 +212,8 @@ def compile_triton(case: Case, chip: int) -> Report:
         own |= dict.fromkeys(("v", "w", "w_low"), "*fp16")
     if function.__name__ == "_logits":
         own["out"] = "*fp32"
+    if function.__name__ == "_best":
+        own |= {"keys": "*i64", "sums": "*fp64"}
     types = {**TENSORS, **SCALARS, **own}
     names = function.arg_names
     signature = {n: "constexpr" if n in case.constants else types[n] for n in names}

@@ -278,7 +278,8 @@ def measure(layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
     """All figures of one layer, in milliseconds unless named otherwise."""
     attention, tokens = layer.attention, layer.attention.whole.shape[0]
     heads, _, d_model = attention.attention.w_o.shape
-    result = {"shape": layer.name, "tokens": tokens, **measure_kernels(layer, machine, seconds)}
+    shape = {"shape": layer.name, "tokens": tokens, "width": d_model}
+    result = {**shape, **measure_kernels(layer, machine, seconds)}
     if layer.forward is not None:
         _, result["layer_forward_bytes"] = machine.peak(layer.forward)
     for backend in ("cuda", "triton"):
@@ -324,6 +325,16 @@ def gates(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield gate(f"{at}: 36 layers of {label}, s", seconds, limit)
         if r["shape"] == "llama-3-8b" and r["tokens"] == 10_000:
             yield gate(f"{at}: completes", None if "not run" in r else 1.0, 1.0, least=True)
+
+
+def crossover(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What `auto` chooses by (kernels/crossover.py): both engines' milliseconds for an op, where both ran."""
+    for r in results:
+        for op in ("attention", "neurons"):
+            both = {engine: r.get(f"{engine}_{op}") for engine in ("cuda", "triton")}
+            if all(isinstance(x, float) for x in both.values()):
+                name = "neuron_contributions" if op == "neurons" else "attention_contributions"
+                yield {"op": name, "tokens": r["tokens"], "width": r["width"], **both}
 
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], Layer]]]:
@@ -389,6 +400,7 @@ def main() -> None:
         "shapes": {name: asdict(shape) for name, shape in (SHAPES | TINY).items()},
         "results": results,
         "gates": judged,
+        "crossover": list(crossover(results)),
     }
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n")

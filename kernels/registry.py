@@ -9,13 +9,13 @@ A backend is a module with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from lmtt.errors import BackendError, InputError
-from lmtt.kernels import stages
+from lmtt.kernels import crossover, notices, stages
 from lmtt.kernels.types import Choice, NeuronTask
 
 
@@ -51,7 +51,7 @@ OPS: dict[str, Op] = {
     ),
 }
 
-# In the order in which "auto" tries them; the last one takes everything.
+# In the order in which "auto" tries them, but for GPUs (crossover.py); the last one takes everything.
 BACKENDS: dict[str, str] = {
     "cpp": "lmtt.kernels.backends.cpp_backend",
     "cuda": "lmtt.kernels.backends.cuda_backend",
@@ -116,13 +116,27 @@ def choose(op: str, requested: str, task: object) -> Choice:
             )
         return Choice(op, requested, "requested")
     refused: dict[str, str] = {}
-    for name in BACKENDS:
+    preferred = crossover.preference(op, task)
+    for name in _order(preferred):
         reason = _why_not(name, op, task)
         if reason is None:
             why = "; ".join(f"{other}: {text}" for other, text in refused.items())
-            return Choice(op, name, f"preferred backends cannot ({why})" if why else "preferred", refused)
+            reason = f"preferred backends cannot ({why})" if why else "preferred"
+            if preferred is not None and name == preferred.order[0]:
+                reason += f"; {preferred.why}"
+            return Choice(op, name, reason, refused)
         refused[name] = reason
     raise BackendError(f"no backend can do {op} here: {refused}")
+
+
+def _order(preferred: crossover.Preference | None) -> list[str]:
+    """Names of BACKENDS as "auto" tries them; those of the preference in its own order."""
+    names = list(BACKENDS)
+    if preferred is not None:
+        first = min(names.index(name) for name in preferred.order)
+        names = [name for name in names if name not in preferred.order]
+        names[first:first] = preferred.order
+    return names
 
 
 def run(op: str, task: object, *args: Any, backend: str = "auto", **options: Any) -> tuple[Any, Choice]:
@@ -132,5 +146,6 @@ def run(op: str, task: object, *args: Any, backend: str = "auto", **options: Any
     choice = choose(op, backend, task)
     module = load(choice.backend)
     assert not isinstance(module, Unusable)
-    with stages.whole():
-        return getattr(module, op)(task, *args, **options), choice
+    with stages.whole(), notices.gathered() as said:
+        result = getattr(module, op)(task, *args, **options)
+    return result, replace(choice, notes=tuple(said))

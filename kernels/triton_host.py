@@ -10,7 +10,6 @@ bits, and what is lost below is in the rounding margin. float32 operands are use
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmtt.kernels import notices
 from lmtt.kernels.numerics import ieee_matmul
 from lmtt.kernels.types import Attention
 
@@ -77,7 +77,7 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
     if interpreted():
         return Tile(32, 32, 4, 1, inside=64)
     if dtype == torch.float32:  # products are done in registers: 16 rows are as many as never spill
-        return Tile(16, 64 if width <= 128 else 32, 4, 2, screen_warps=4)
+        return Tile(16, 64, 4, 2, screen_warps=4) if width < 128 else Tile(16, 32, 8, 2, screen_warps=4)
     if width > 128 and chip in SMALL_SHARED:
         return Tile(32, 32, 4, 2)
     if chip < 90 or width > 128 or chip in SMALL_SHARED:
@@ -218,11 +218,7 @@ def chunks(rows: Tensor, step: int, work: Callable[[Tensor], None]) -> None:
                 raise
             step = max(1, step // 2)
             torch.cuda.empty_cache()
-            warnings.warn(
-                f"lmtt: out of device memory with {len(some)} rows at a time; going on with {step}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            notices.say(f"out of device memory with {len(some)} rows at a time; going on with {step}")
             continue
         done += len(some)
 

@@ -181,3 +181,4 @@ class Choice:
     backend: str
     reason: str
     refused: dict[str, str] = field(default_factory=dict)  # the others, with the reason for each
+    notes: tuple[str, ...] = ()  # what it had to say when it ran, such as less memory than it was given

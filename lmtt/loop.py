@@ -43,6 +43,7 @@ class Log:
         self.checksum = 0.0
         self.choices: dict[str, Choice] = {}
         self.whole: list[dict[str, Any]] = []  # sublayers that are one part
+        self.notices: list[str] = []  # what kernels had to say, such as less memory than they were given
         self.pairs_evaluated = self.pairs_positive = self.neurons_evaluated = self.rows_reevaluated = 0
 
     def closed(self, sublayer: str, error: float) -> None:
@@ -60,6 +61,7 @@ class Log:
             )
         self.checksum = max(self.checksum, shares.checksum)
         self.choices |= {choice.op: choice for choice in shares.choices}
+        self.notices += [f"layer {index}: {c.op}: {note}" for c in shares.choices for note in c.notes]
         for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(shares, name))
 
@@ -74,6 +76,7 @@ class Log:
         self.checksum = max(self.checksum, layer.checksum)
         self.choices |= layer.choices
         self.whole += layer.whole
+        self.notices += layer.notices
         for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(layer, name))
 
@@ -117,6 +120,7 @@ def cost_of(clock: Clock, log: Log, prompts: int) -> dict[str, Any]:
         "pairs": {"evaluated": log.pairs_evaluated, "positive": log.pairs_positive},
         "neurons": {"evaluated": log.neurons_evaluated},
         "rows_reevaluated": log.rows_reevaluated,
+        "notices": log.notices,
         "closure": log.closure,
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
     }

@@ -44,17 +44,21 @@ def refuses(op: str, task: object) -> str | None:
     return triton_backend.refuses(op, task)
 
 
+def _lister(bits: Tensor) -> Listed:
+    """As `list_pairs` of kernels/proximity/fused.py."""
+    from lmtt.kernels.proximity.fused import Listed
+
+    groups, members, words = bits.shape
+    group, row = cuda_library.compact(bits.contiguous().view(groups * members, words))
+    return Listed(group // members, group % members, row)
+
+
 def attention_contributions(task: AttentionTask) -> AttentionResult:
     """See kernels/proximity/fused.py."""
     from lmtt.kernels.proximity import fused
 
     with on_device(task.whole):
         smallest = cuda_library.block_smallest(task.whole.contiguous())
-
-    def lister(bits: Tensor) -> Listed:
-        heads, tokens, words = bits.shape
-        group, row = cuda_library.compact(bits.contiguous().view(heads * tokens, words))
-        return fused.Listed(group // tokens, group % tokens, row)
 
     def evaluate(chunk: Chunk, listed: Listed, coefficient: Tensor, g: Tensor) -> Tensor:
         whole, destination = chunk.task.whole.contiguous(), chunk.rows.int()[listed.row.long()]
@@ -67,7 +71,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         return fused.by_source(chunk, listed, by_u)
 
     with on_device(task.whole):
-        return fused.attention_contributions(task, evaluate=evaluate, lister=lister, dense=False)
+        return fused.attention_contributions(task, evaluate=evaluate, lister=_lister, dense=False)
 
 
 def neuron_contributions(task: NeuronTask) -> NeuronResult:
@@ -81,4 +85,4 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
         return cuda_library.evaluate(w_down, whole, smallest, neuron, row, coefficient, g)
 
     with on_device(task.whole):
-        return fused.neuron_contributions(task, evaluate=evaluate)
+        return fused.neuron_contributions(task, evaluate=evaluate, lister=_lister)

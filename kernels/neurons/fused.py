@@ -1,10 +1,13 @@
 """Contributions of every neuron on a GPU: one fused product screens, few neurons are evaluated exactly.
 
 1. `_screen`    tiles of sign(whole) @ W_down^T; the epilogue multiplies by act and adds the rounding margin.
-                Kept: g and its bound ([R, F], for as many rows as the workspace has room for), and of each
-                row's tile the sums of g, |g|, first-order values and what is skipped, and a count.
-2. evaluation   of the neurons whose bound exceeds the screen, as a list sorted by neuron.
-3. top k        of the exact values, evaluating the others by falling bound until nothing can change.
+                Kept: g ([R, F], for as many rows as the workspace has room for), a bit for each neuron whose
+                bound exceeds the screen, and of each row's tile the sums of g, |g|, first-order values and
+                what is skipped, and a count.
+2. evaluation   of the neurons with a bit, as a list sorted by neuron; exact values replace their g.
+3. `_best`      of each row the sum of its exact values and the k largest, in one pass on the chip. They are
+                the row's k largest where the last of them exceeds the screen: nothing else does.
+4. `_Scored`    the other rows: neurons by falling bound until nothing can change.
 
 The list's evaluation is the attention's (kernels/proximity/fused.py): W_down's rows take the place of u.
 """
@@ -21,9 +24,10 @@ from torch import Tensor
 
 from lmtt.kernels.measures import measure
 from lmtt.kernels.numerics import certificate, divide, sign, tensor_core_margin
-from lmtt.kernels.proximity.fused import evaluate_list
+from lmtt.kernels.proximity.fused import LISTED_BYTES, Lister, evaluate_list, list_pairs
+from lmtt.kernels.proximity.screen import turn_bits
 from lmtt.kernels.topk import stable_topk
-from lmtt.kernels.triton_bricks import VARIES, positive
+from lmtt.kernels.triton_bricks import VARIES, pack, positive
 from lmtt.kernels.triton_host import chip, chunks, interpreted, pieces
 from lmtt.kernels.types import NeuronResult, NeuronTask
 
@@ -34,13 +38,13 @@ Evaluator = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @triton.jit(do_not_specialize=VARIES)
 def _screen(
-    signs, w_down, act, row_scale, norms, threshold, bound, values, stats, count, neurons, width, margin,
+    signs, w_down, act, row_scale, norms, threshold, bits, values, stats, count, neurons, width, margin,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """values[r, n] = g = act * <signs[r], w_down[n]>, bound = g + slack; stats [5, R] per block of neurons.
+    """values[r, n] = g = act * <signs[r], w_down[n]>, bits [R, F / 32] of g + slack > threshold.
 
-    stats: signed, absolute, first-order values of those not above the threshold, what these may be wrong by,
-    number of positive bounds.
+    stats [5, R] per block of neurons: signed, absolute, first-order values of those not above the threshold,
+    what these may be wrong by, number of positive bounds.
     """
     r = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -66,8 +70,11 @@ def _screen(
     upper = g + slack
     above = upper > limit
     value = positive(g)
-    tl.store(bound + at, upper, mask=both)
     tl.store(values + at, g, mask=both)
+    words = (neurons + 31) // 32
+    word = tl.program_id(0) * (BN // 32) + tl.arange(0, BN // 32)
+    at = r.to(tl.int64)[:, None] * words + word[None, :]
+    tl.store(bits + at, pack(above & both, BM, BN), mask=real[:, None] & (word < words)[None, :])
     out = stats + tl.program_id(0).to(tl.int64) * 5 * count + r
     tl.store(out, tl.sum(g, 1), mask=real)
     tl.store(out + count, tl.sum(tl.abs(g), 1), mask=real)
@@ -75,6 +82,42 @@ def _screen(
     doubtful = (upper > 0) & (upper <= limit)
     tl.store(out + 3 * count, tl.sum(tl.where(doubtful, value + slack, 0.0), 1), mask=real)
     tl.store(out + 4 * count, tl.sum((upper > 0).to(tl.float32), 1), mask=real)
+
+
+LEAST = tl.constexpr(-(1 << 63))
+LAST = tl.constexpr((1 << 31) - 1)
+BLOCK = 1024  # neurons of a row that `_best` looks at together
+MOST_BEST = 128  # k up to which it does: larger ones are found by `_Scored`
+
+
+@triton.jit(do_not_specialize=VARIES)
+def _best(values, bits, keys, sums, neurons, BLOCK: tl.constexpr, K: tl.constexpr):
+    """Of one row: the sum of `values` with a bit (float64), and the K largest of them as keys in any order.
+
+    A key is the value's bits above LAST - n: it orders by value, and at ties by lower index. Values are not
+    negative, NaN counts as the largest, and a negative key is none. One by one into K places is cheaper than
+    sorting: a row that comes in no order changes its best about K log(n / K) times.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    best = tl.full([K], LEAST, tl.int64) + tl.arange(0, K)  # no two alike
+    total = tl.full([1], 0.0, tl.float64)
+    for first in range(0, neurons, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        word = tl.load(bits + row * ((neurons + 31) // 32) + n // 32, mask=n < neurons, other=0)
+        listed = ((word >> (n % 32)) & 1) != 0
+        x = tl.abs(tl.load(values + row * neurons + n, mask=listed, other=0.0))
+        total += tl.sum(x.to(tl.float64), 0)
+        key = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (-n + LAST).to(tl.int64)
+        key = tl.where(listed, key, LEAST)
+        most = tl.max(key, 0)
+        least = tl.min(best, 0)
+        while most > least:
+            best = tl.where(best == least, most, best)
+            key = tl.where(key == most, LEAST, key)
+            most = tl.max(key, 0)
+            least = tl.min(best, 0)
+    tl.store(keys + row * K + tl.arange(0, K), best)
+    tl.store(sums + row + tl.arange(0, 1), total)
 
 
 class _Tile(NamedTuple):
@@ -95,7 +138,9 @@ def tile(dtype: torch.dtype, chip: int, wide: bool = False) -> _Tile:
 
 
 @torch.no_grad()
-def neuron_contributions(task: NeuronTask, *, evaluate: Evaluator = evaluate_list) -> NeuronResult:
+def neuron_contributions(
+    task: NeuronTask, *, evaluate: Evaluator = evaluate_list, lister: Lister = list_pairs
+) -> NeuronResult:
     """The k largest shares of each row and those of the other parts; see NeuronTask and NeuronResult."""
     (tokens, neurons), device = task.act.shape, task.whole.device
     index = torch.zeros(tokens, task.k, dtype=torch.int64, device=device)
@@ -105,8 +150,8 @@ def neuron_contributions(task: NeuronTask, *, evaluate: Evaluator = evaluate_lis
     counts = {"evaluated": 0, "positive": 0}
     w_down = task.w_down.contiguous()
     norms = torch.cat([w_down[f].float().abs().sum(-1) for f in pieces(neurons, 4096)])
-    # Per neuron: bound, exact value and a mask, two copies that the search of the top k makes, the list.
-    row_bytes = neurons * (4 * 4 + 2) + int(neurons * 48 * (0.5 if task.screen == 0 else 0.05))
+    # Per neuron: g, bits in two orders, and the list.
+    row_bytes = neurons * 5 + int(neurons * LISTED_BYTES * (0.5 if task.screen == 0 else 0.05))
     step = max(
         tile(w_down.dtype, chip(task.act)).BM,
         task.workspace // 2 // (row_bytes + 10 * task.whole.shape[1] * 4),
@@ -120,20 +165,27 @@ def neuron_contributions(task: NeuronTask, *, evaluate: Evaluator = evaluate_lis
         act = task.act[here].contiguous()
         row_scale = None if task.row_scale is None else task.row_scale[here].contiguous()
         threshold = (task.screen * mass).float()
-        bound, g, stats = _run_screen(act, w_down, whole, row_scale, norms, threshold)
-        scored = _Scored(task, whole, act, row_scale, bound, g, evaluate)
-        scored.make_exact(bound > threshold[:, None])
-        exact = torch.where(bound > threshold[:, None], scored.values, 0).sum(-1, dtype=torch.float64)
-        before = scored.evaluated
-        best_value, best_index = scored.top_k(task.k)
-        # What the search made exact beyond the screen replaces its first-order value in the row's sum.
-        more, less, settled = scored.corrections(norms, threshold) if scored.evaluated > before else (0, 0, 0)
-        total = others.sum(-1) + stats[2] + exact + more - less
+        values, bits, stats = _run_screen(act, w_down, whole, row_scale, norms, threshold)
+        scored = _Scored(task, whole, act, row_scale, values, bits, evaluate, lister)
+        best_value, best_index, exact = scored.best(task.k)
+        total = others.sum(-1) + stats[2] + exact
+        skipped = stats[3]
+        # A neuron that is not listed has a bound of at most the threshold.
+        open_rows = (~(best_value[:, -1] > threshold)).nonzero()[:, 0]
+        for some in pieces(len(open_rows), max(1, task.workspace // 2 // (neurons * 24))):
+            which = open_rows[some]
+            search = scored.search(which, norms)
+            best_value[which], best_index[which] = search.top_k(task.k)
+            # What the search made exact replaces its first-order value in the row's sum.
+            more, less, settled = search.corrections(norms)
+            total[which] += more - less
+            skipped[which] = (skipped[which] - settled).clamp_(min=0)
+            scored.evaluated += search.evaluated
         index[here] = best_index
         value[here] = divide(best_value.double(), total[:, None]).float()
         parts[here] = divide(others, total[:, None]).float()
         normaliser[here] = total.float()
-        certified[here] = certificate((stats[3] - settled).clamp_(min=0), total).float()
+        certified[here] = certificate(skipped, total).float()
         defect = (signed + stats[0] - mass).abs()
         checksum[here] = divide(defect, absolute + stats[1]).float()
         counts["evaluated"] += scored.evaluated
@@ -176,20 +228,21 @@ def _others(task: NeuronTask, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
 def _run_screen(
     act: Tensor, w_down: Tensor, whole: Tensor, row_scale: Tensor | None, norms: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds and g, float32 [R, F] each, and the rows' sums float64 [5, R]."""
+    """g, float32 [R, F]; bits of bounds above the threshold, int32 [R, F / 32]; row sums, float64 [5, R]."""
     (count, neurons), width = act.shape, whole.shape[1]
     size = tile(w_down.dtype, chip(act))
     blocks = triton.cdiv(neurons, size.BN)
-    bound, g = torch.empty(2, count, neurons, device=act.device)
+    g = torch.empty(count, neurons, device=act.device)
+    bits = torch.empty(count, triton.cdiv(neurons, 32), dtype=torch.int32, device=act.device)
     stats = torch.empty(blocks, 5, count, device=act.device)
     _screen[(blocks, triton.cdiv(count, size.BM))](
         signs=sign(whole).to(w_down.dtype), w_down=w_down, act=act,
-        row_scale=act if row_scale is None else row_scale, norms=norms, threshold=threshold, bound=bound,
+        row_scale=act if row_scale is None else row_scale, norms=norms, threshold=threshold, bits=bits,
         values=g, stats=stats, count=count, neurons=neurons, width=width, margin=_margin(width),
         BM=size.BM, BN=size.BN, BD=size.BD, ROW_SCALE=row_scale is not None,
         num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
-    return bound, g, stats.sum(0, dtype=torch.float64)
+    return g, bits, stats.sum(0, dtype=torch.float64)
 
 
 def _margin(width: int) -> float:
@@ -197,7 +250,7 @@ def _margin(width: int) -> float:
 
 
 class _Scored:
-    """Neurons of some rows: bounds of all, exact values of those evaluated so far."""
+    """Neurons of some rows: exact values where listed, g elsewhere."""
 
     def __init__(
         self,
@@ -205,26 +258,26 @@ class _Scored:
         whole: Tensor,
         act: Tensor,
         row_scale: Tensor | None,
-        bound: Tensor,
-        g: Tensor,
+        values: Tensor,
+        bits: Tensor,
         evaluate: Evaluator,
+        lister: Lister,
     ) -> None:
-        self.w_down, self.whole, self.act, self.row_scale = task.w_down.contiguous(), whole, act, row_scale
-        self.workspace, self.evaluate = task.workspace, evaluate
-        self.bound = bound
-        self.exact = bound <= 0  # proven to be 0
-        self.values = g  # of those not exact; `top_k` never looks at them
-        self.values.masked_fill_(self.exact, 0)
-        self.evaluated = 0
+        self.task, self.whole, self.act, self.row_scale = task, whole, act, row_scale
+        self.w_down = task.w_down.contiguous()
+        self.evaluate = evaluate
+        self.values, self.bits = values, bits
+        listed = lister(turn_bits(bits[None], values.shape[1]))  # by neuron: its row of W_down is read once
+        self.make_exact(listed.source.long(), listed.row.long())
+        self.evaluated = len(listed.row)
 
     def coefficient(self, r: Tensor, n: Tensor) -> Tensor:
         c = self.act[r, n].float()
         return c if self.row_scale is None else c * self.row_scale[r].float()
 
-    def make_exact(self, which: Tensor) -> None:
-        """Evaluate the neurons `which` (bool [R, F])."""
-        n, r = which.T.nonzero(as_tuple=True)  # by neuron: its row of W_down is then read once
-        for some in pieces(len(r), max(1, self.workspace // 4 // 48)):
+    def make_exact(self, n: Tensor, r: Tensor) -> None:
+        """Evaluate neurons n of rows r, sorted by neuron, int64 [N] each."""
+        for some in pieces(len(r), max(1, self.task.workspace // 4 // LISTED_BYTES)):
             rows, neurons = r[some], n[some]
             self.values[rows, neurons] = self.evaluate(
                 self.w_down,
@@ -234,11 +287,45 @@ class _Scored:
                 self.coefficient(rows, neurons),
                 self.values[rows, neurons],
             )
-        self.exact |= which
-        self.evaluated += len(r)
+
+    def best(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and indices [R, k] of the largest exact values, -inf where there are fewer; sums [R]."""
+        count, neurons = self.values.shape
+        size = triton.next_power_of_2(min(k, MOST_BEST))
+        keys = torch.empty(count, size, dtype=torch.int64, device=self.values.device)
+        sums = torch.empty(count, dtype=torch.float64, device=self.values.device)
+        block = max(size, 256 if interpreted() else BLOCK)
+        _best[(count,)](self.values, self.bits, keys, sums, neurons, BLOCK=block, K=size, num_warps=4)
+        keys = keys.sort(descending=True).values
+        value = (keys >> 32).int().view(torch.float32).masked_fill_(keys < 0, -torch.inf)
+        index = (LAST.value - (keys & 0xFFFFFFFF)).masked_fill_(keys < 0, 0)
+        if k > size:  # `search` finds them all
+            value, index = value.new_full((count, k), -torch.inf), index.new_zeros(count, k)
+        return value[:, :k].contiguous(), index[:, :k].contiguous(), sums
+
+    def search(self, rows: Tensor, norms: Tensor) -> _Search:
+        """The rows (int64 [n]) whose k largest are not settled by what was listed."""
+        shift = torch.arange(32, dtype=torch.int32, device=rows.device)
+        neurons = self.values.shape[1]
+        listed = ((self.bits[rows][..., None] >> shift) & 1).flatten(1)[:, :neurons].bool()
+        every = torch.arange(neurons, device=rows.device)
+        factor = self.coefficient(rows[:, None], every[None, :]).abs_()
+        bound = self.values[rows] + factor.mul_(norms).mul_(_margin(self.whole.shape[1]))
+        return _Search(self, rows, listed, bound)
+
+
+class _Search:
+    """Rows whose best neurons are found by evaluating more of them, by falling bound."""
+
+    def __init__(self, scored: _Scored, rows: Tensor, listed: Tensor, bound: Tensor) -> None:
+        self.scored, self.rows, self.bound = scored, rows, bound
+        self.listed = listed
+        self.exact = listed | (bound <= 0)  # evaluated, or proven to be 0
+        self.values = scored.values[rows].masked_fill_(~listed, 0)
+        self.evaluated = 0
 
     def top_k(self, k: int) -> tuple[Tensor, Tensor]:
-        """Values and indices [R, k]; bounds equal to the k-th best are evaluated: the lower index wins."""
+        """Values and indices [n, k]; bounds equal to the k-th best are evaluated: the lower index wins."""
         batch = k
         while True:
             known = self.values.masked_fill(~self.exact, -torch.inf)
@@ -247,16 +334,22 @@ class _Scored:
             needed = (candidates.values >= last) & (candidates.values > -torch.inf)
             if not bool(needed.any()):
                 return stable_topk(known, k)
-            which = torch.zeros_like(self.exact)
             r, c = needed.nonzero(as_tuple=True)
-            which[r, candidates.indices[r, c]] = True
-            self.make_exact(which)
+            n = candidates.indices[r, c]
+            order = n.argsort(stable=True)
+            r, n = r[order], n[order]
+            self.scored.make_exact(n, self.rows[r])
+            self.values[r, n] = self.scored.values[self.rows[r], n]
+            self.exact[r, n] = True
+            self.evaluated += len(r)
             batch *= 2
 
-    def corrections(self, norms: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of neurons evaluated although below the screen: sums of exact, first-order and doubtful values."""
-        r, n = (self.exact & (self.bound > 0) & (self.bound <= threshold[:, None])).nonzero(as_tuple=True)
-        slack = self.coefficient(r, n).abs() * norms[n] * _margin(self.whole.shape[1])
+    def corrections(self, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of neurons evaluated here: sums [n] of exact, first-order and doubtful values."""
+        r, n = (self.exact & ~self.listed & (self.bound > 0)).nonzero(as_tuple=True)
+        slack = (
+            self.scored.coefficient(self.rows[r], n).abs() * norms[n] * _margin(self.scored.whole.shape[1])
+        )
         first_order = (self.bound[r, n] - slack).clamp_(min=0)
 
         def rowwise(x: Tensor) -> Tensor:
