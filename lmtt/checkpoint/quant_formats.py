@@ -33,6 +33,8 @@ def pieces(rows: int, columns: int) -> Iterator[slice]:
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The numbers in int32 words, lowest bits first: [..., n] -> [..., n * 32 / bits], int32."""
+    if words.dtype != torch.int32:
+        raise CheckpointError("packed numbers are not in words", expected="int32", got=words.dtype)
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return (words[..., None] >> shifts & (1 << bits) - 1).flatten(-2)
 
@@ -169,13 +171,16 @@ def scaled(stored: Mapping[str, Tensor], out: Tensor, facts: Facts) -> None:
 def fp8_blocks(stored: Mapping[str, Tensor], out: Tensor, facts: Facts) -> None:
     """W[o, i] = q[o, i] weight_scale_inv[o // m, i // n], q float8; the last blocks may be smaller.
 
-    A scale of one byte is a power of two, 2^(byte - 127).
+    A scale of one byte is a power of two, 2^(byte - 127). m and n are the config's `weight_block_size` where
+    that makes as many blocks as there are scales, else what divides the weight into so many.
     """
+    if not stored["weight"].is_floating_point():
+        raise CheckpointError("FP8 weights of another type", expected="float8", got=stored["weight"].dtype)
     scale = stored["weight_scale_inv"]
     if scale.dtype == torch.uint8:
         scale = (scale.float() - 127).exp2()
     scale = scale.float().reshape(scale.shape if scale.dim() == 2 else (1, 1))
-    m, n = facts.get("weight_block_size") or out.shape
+    m, n = _block(facts.get("weight_block_size"), out.shape, scale.shape)
     down, across = torch.arange(out.shape[0]) // m, torch.arange(out.shape[1]) // n
     for at in pieces(*out.shape):
         out[at] = stored["weight"][at].float().mul_(scale[down[at]][:, across])
@@ -194,6 +199,17 @@ def mxfp4(stored: Mapping[str, Tensor], out: Tensor, facts: Facts) -> None:
             values = levels[torch.stack([some & 15, some >> 4], -1).flatten(-2).int()]
             scale = (stored["scales"][e, at].float() - 127).exp2()
             out[e][:, at] = values.mul_(scale[..., None]).flatten(-2).T
+
+
+def _block(named: list[int] | None, weight: torch.Size, grid: torch.Size) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    if named is not None and tuple(grid) == tuple(-(-n // b) for n, b in zip(weight, named, strict=True)):
+        return named[0], named[1]
+    if weight[0] % grid[0] or weight[1] % grid[1]:
+        raise CheckpointError(
+            f"a weight of {list(weight)} has {list(grid)} scales", expected=f"one for each block of {named}"
+        )
+    return weight[0] // grid[0], weight[1] // grid[1]
 
 
 def _grid(scale: Tensor, rows: int) -> Tensor:

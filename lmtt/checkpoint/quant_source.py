@@ -22,6 +22,15 @@ from lmtt.checkpoint import quant_formats as formats
 from lmtt.checkpoint.source import TensorInfo, WeightSource
 from lmtt.errors import CheckpointError
 
+# Of compressed-tensors. Others (sparse, four bits floating) have names that look alike and mean otherwise.
+LAYOUTS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "dense",
+    "mixed-precision",
+)
 # Scales of activations and of the cache: the dequantised model has neither.
 ACTIVATIONS = (
     *(".input_scale", ".input_zero_point", ".input_global_scale", ".activation_scale", ".output_scale"),
@@ -220,7 +229,13 @@ class QuantisedSource:
             self.decode(tensor, raw, out, rows)
             there.copy_(out)
             return
-        weight.format.decode(self._views(weight, raw, len(out)), out, facts)
+        try:
+            weight.format.decode(self._views(weight, raw, len(out)), out, facts)
+        except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.name}: the tensors stored for {tensor} contradict each other: {_first_line(error)}",
+                expected=f"{weight.format.name} of shape {list(weight.shape)}",
+            ) from error
 
     def _views(self, weight: Quantised, raw: Tensor, n: int) -> dict[str, Tensor]:
         """Each stored tensor, from raw bytes; of `n` experts where they are stored together."""
@@ -273,6 +288,10 @@ def _find(
         yield stem + kind.result, Quantised(kind, tuple(stored), shape)
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
 def _small(inner: WeightSource, name: str) -> bytes:
     raw = bytearray(inner.tensors[name].nbytes)
     inner.read_into(name, memoryview(raw))
@@ -294,6 +313,18 @@ def _stored_shape(inner: WeightSource, name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in raw)
 
 
+def quantisation(config: Any) -> dict[str, Any]:
+    """What a config says of its weights' quantisation, `quant_method` as text; empty if they are plain."""
+    facts = getattr(config, "quantization_config", None) or {}
+    facts = dict(facts) if isinstance(facts, Mapping) else facts.to_dict()
+    if facts:
+        method = facts.get("quant_method")
+        if method is None and (facts.get("load_in_4bit") or facts.get("load_in_8bit")):
+            method = "bitsandbytes"  # as it was written before methods had names
+        facts["quant_method"] = str(getattr(method, "value", method))
+    return facts
+
+
 def open_quantised(inner: WeightSource, config: Any) -> QuantisedSource:
     """The weights of a checkpoint whose config says that it is quantised.
 
@@ -305,9 +336,8 @@ def open_quantised(inner: WeightSource, config: Any) -> QuantisedSource:
     CheckpointError
         A method that is not read, or a weight whose companions are missing.
     """
-    facts = getattr(config, "quantization_config", None) or {}
-    facts = facts if isinstance(facts, Mapping) else facts.to_dict()
-    method = str(getattr(facts.get("quant_method"), "value", facts.get("quant_method")))
+    facts = quantisation(config)
+    method = facts.get("quant_method")
     if method not in METHODS:
         raise CheckpointError(
             f"{inner.name} is quantised by a method whose weights are not read one at a time",
@@ -316,13 +346,21 @@ def open_quantised(inner: WeightSource, config: Any) -> QuantisedSource:
             remedy="load it without a memory limit",
         )
     if method == "compressed-tensors":
-        facts = {**facts, **_weights_scheme(inner.name, facts)}
+        facts |= _weights_scheme(inner.name, facts)
     return QuantisedSource(inner, facts, METHODS[method])
 
 
 def _weights_scheme(name: str, facts: formats.Facts) -> formats.Facts:
     """What compressed-tensors' config groups say of the weights, if they all say the same."""
-    schemes = [group.get("weights") or {} for group in (facts.get("config_groups") or {}).values()]
+    groups = list((facts.get("config_groups") or {}).values())
+    for stored in {facts.get("format"), *(group.get("format") for group in groups)} - {None}:
+        if stored not in LAYOUTS:
+            raise CheckpointError(
+                f"{name} holds weights in a layout of compressed-tensors that is not read",
+                expected=", ".join(LAYOUTS),
+                got=stored,
+            )
+    schemes = [group.get("weights") or {} for group in groups]
     widths = {scheme.get("num_bits") for scheme in schemes}
     if len(widths) > 1:
         raise CheckpointError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lmtt.checkpoint.gguf_lend import fast_reader
-from lmtt.checkpoint.load import Source, parse_dtype, quiet_transformers, resolve
+from lmtt.checkpoint.load import Source, parse_dtype, quiet_transformers, read_config, resolve
 from lmtt.errors import InputError, StructureError
 from lmtt.profile.ceilings import DATA_SHEETS, Ceilings, data_sheet, known, of_this_machine
 from lmtt.profile.dims import Dims, check_tokens, dims_of, weights_of
@@ -23,7 +23,7 @@ from lmtt.profile.efficiency import FITTED_ON
 from lmtt.profile.predict import ASSUMED_SHARE, Prediction, predict
 from lmtt.profile.work import NEURONS, expected_pairs, kept_bytes
 from lmtt.streaming.assign import build
-from lmtt.streaming.load import LEFT_FREE, available, read_config
+from lmtt.streaming.load import LEFT_FREE, available
 from lmtt.streaming.plan import Plan, Weights, estimate, in_words, make_plan, parse_bytes
 from lmtt.streaming.weights import LayerWeights, StreamedWeights
 

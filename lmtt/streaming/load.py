@@ -8,10 +8,17 @@ from typing import Any, Literal
 import torch
 
 from lmtt.checkpoint.gguf_lend import fast_reader
-from lmtt.checkpoint.load import Loaded, Source, facts_of, first_sentence, quiet_transformers, read_tokenizer
+from lmtt.checkpoint.load import (
+    Loaded,
+    Source,
+    facts_of,
+    quiet_transformers,
+    read_config,
+    read_tokenizer,
+    stored_dtype,
+)
 from lmtt.checkpoint.load import load as load_all
 from lmtt.checkpoint.open import open_source
-from lmtt.errors import CheckpointError
 from lmtt.streaming.assign import build
 from lmtt.streaming.meter import Meter
 from lmtt.streaming.plan import NOMINAL_TOKENS
@@ -50,7 +57,7 @@ def read_within(
         limit = int((1 - LEFT_FREE) * free)
     with quiet_transformers(), fast_reader():
         config = read_config(source)
-    kind = _dtype(config) if dtype == "auto" else dtype
+    kind = stored_dtype(config) if dtype == "auto" else dtype
     with quiet_transformers():
         model = build(config, kind)
         weights_at = open_source(source, config)
@@ -68,22 +75,6 @@ def read_within(
     with quiet_transformers(), fast_reader():
         tokenizer = read_tokenizer(source)
     return Loaded(model, tokenizer, source.name, facts_of(source, config)), streamed
-
-
-def read_config(source: Source) -> Any:
-    """A model's configuration alone. CheckpointError if it cannot be read."""
-    import transformers
-
-    options = {} if source.gguf is None else {"gguf_file": source.gguf}
-    try:
-        return transformers.AutoConfig.from_pretrained(source.folder, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot load {source.name}: {first_sentence(error)}") from error
-
-
-def _dtype(config: Any) -> torch.dtype:
-    stored = getattr(config.get_text_config(), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def _nominal(config: Any) -> int:
