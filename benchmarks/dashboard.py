@@ -262,6 +262,7 @@ def opened(browser: Browser, address: str) -> tuple[Page, list[int], float]:
     page.wait_for_selector(".rv-canvas")
     page.evaluate(TWO_FRAMES)
     took = time.perf_counter() - start
+    page.wait_for_selector("[data-ready][data-session] .rv-canvas")  # the session behind it
     page.wait_for_timeout(1500)
     return page, sent, took
 

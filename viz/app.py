@@ -33,9 +33,11 @@ EXAMPLE = "When Mary and John went to the store, John gave a drink to"
 class Dashboard:
     """One session's page."""
 
-    def __init__(self, server: Server, owner: str) -> None:
+    def __init__(self, server: Server, owner: str, front: str = "") -> None:
+        """front: digest of the store that the page holds already (`front.py`); empty for none."""
         self.server = server
         self.owner = owner
+        self._front = front
         self.state = State()
         self._run: Run[Shown] | None = None
         self._form()
@@ -51,6 +53,7 @@ class Dashboard:
         """Tie state and session together: the address keeps the state, and who leaves stops their run."""
         if pn.state.location is not None:
             pn.state.location.sync(self.state, {n: n for n in ("threshold", "position", "picked")})
+        pn.state.onload(self._sent)
         pn.state.on_session_destroyed(lambda _context: self.stop())
 
     async def ask(self, question: Callable[[], Any]) -> Any:
@@ -310,17 +313,26 @@ class Dashboard:
         route.link(state, dark="dark", bidirectional=True)
         state.param.watch(self._shown, "shown")
         state.param.watch(self._listed, "recent")
+        route.param.watch(self._wanted, "wanted")
         state.param.watch(self._picked, ["picked", "shown", "dark"])
         state.param.watch(self.refresh, ["shown", "position", "threshold", "dark"])
         self.tabs.param.watch(self.refresh, "active")
-        self.tabs.param.watch(lambda _: setattr(route, "sent", route.sent + 1), "active")
+        self.tabs.param.watch(self._sent, "active")
         for widget in (self.lens_shade, self.chosen, self.target, self.foil, self.per):
             widget.param.watch(self.refresh, "value")
 
     def _shown(self, event: Any) -> None:
-        self.route.param.update(
-            store=event.new.store, threshold=self.state.threshold, position=self.state.start
-        )
+        here = event.old is None and event.new is self.server.opened and self._front
+        what = {"opened": self._front} if here else {"store": event.new.store}
+        self.route.param.update(**what, threshold=self.state.threshold, position=self.state.start)
+
+    def _sent(self, *_: Any) -> None:
+        self.route.sent += 1
+
+    def _wanted(self, event: Any) -> None:
+        """The page was made by a server that showed another run: it came back to this one by itself."""
+        if event.new and self.state.shown is not None:
+            self.route.store = self.state.shown.store
 
     def _listed(self, event: Any) -> None:
         # Two runs of one prompt must stay two entries.

@@ -15,15 +15,17 @@ class RouteView(JSComponent):  # type: ignore[misc] # panel ships no types
     """A store (of `store.pack`) to be looked at; threshold, position and picked follow what a person does."""
 
     store = param.Bytes(default=b"", doc="what is shown; empty for nothing")
+    opened = param.String(
+        default="", doc="the store that the page holds already (front.py), if none was sent"
+    )
+    wanted = param.Boolean(default=False, doc="the page holds another one: it has to be sent")
     threshold = param.Number(default=0.04, bounds=(0, 1))
     position = param.Integer(default=-1, doc="the start; -1 is the last token")
     picked = param.Dict(default={}, doc="what was clicked: {kind, layer, position, source, site}")
     dark = param.Boolean(default=False, doc="the reader's system is followed unless `by_hand`")
     by_hand = param.Boolean(default=False, doc="dark was switched; the browser remembers it")
-    sent = param.Integer(
-        default=0, doc="counts panes that the server sent; the browser answers in `received`"
-    )
-    received = param.Integer(default=0)
+    sent = param.Integer(default=0, doc="counts what the server sent; at first, that it is there")
+    received = param.Integer(default=0, doc="the browser's answer")
     themes = param.String(default=theme.css(":root", system=False), constant=True, doc="CSS for the document")
 
     _esm: ClassVar[str] = bundle("panel.js")

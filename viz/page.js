@@ -1,17 +1,9 @@
 // The exported page: unpack the store that it carries and show it; the address keeps start and threshold.
-import { unpack } from "./route.mjs";
+import { decoded, unpack } from "./route.mjs";
 import { RouteView } from "./view.mjs";
 
 const root = document.getElementById("route");
 const bytes = decoded(document.getElementById("store").textContent);
-
-/** Bytes of base64. Without the newer method a plain loop: a callback for each of millions of bytes is slow. */
-function decoded(text) {
-  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
-  const letters = atob(text), found = new Uint8Array(letters.length);
-  for (let i = 0; i < letters.length; i++) found[i] = letters.charCodeAt(i);
-  return found;
-}
 
 const asked = () => {
   const given = new URLSearchParams(location.hash.slice(1));

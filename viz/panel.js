@@ -5,14 +5,23 @@ import { RouteView } from "./view.mjs";
 const REMEMBERED_THEME = "lmtt-theme";
 
 export function render({ model }) {
-  const root = document.createElement("div");
+  // The page's first part may have drawn this run already; its view moves here with all that was done to it.
+  const front = window.lmttFront;
+  const drawn = front && !front.taken && front.digest === model.opened && !model.store?.byteLength;
+  const root = drawn ? front.root : document.createElement("div");
   root.style.height = "100%";
   let view = null, loading = 0;
+  requestAnimationFrame(() => document.getElementById("lmtt-front")?.remove());
   // Custom properties are inherited by every pane's shadow root: one place decides how all our own HTML looks.
   if (!document.getElementById("lmtt-themes")) {
     const style = Object.assign(document.createElement("style"), { id: "lmtt-themes", textContent: model.themes });
     document.head.append(style);
   }
+
+  // Panel loses its answers to whatever comes before the session is up: until then it waits here.
+  let up = false;
+  const waiting = [];
+  const tell = (what) => { if (up) what(); else waiting.push(what); };
 
   const system = matchMedia("(prefers-color-scheme: dark)");
   const remembered = () => { try { return localStorage.getItem(REMEMBERED_THEME); } catch { return null; } };
@@ -33,12 +42,36 @@ export function render({ model }) {
   };
   // Start and run may come in two messages: what a start of another run means here is the last token.
   const place = ({ tokens }) => (model.position >= 0 && model.position < tokens ? model.position : tokens - 1);
+  const report = (state) => tell(() => Object.assign(model, state));
+  const pick = (picked) => tell(() => { model.picked = picked; });
+  const shown = (id) => {
+    root.view = view; // for those who measure
+    root.dataset.ready = String(id);
+  };
+  const adopt = () => {
+    front.taken = true;
+    view = front.view;
+    Object.assign(view.options, { onState: report, onPick: pick });
+    if (front.touched) report({ threshold: view.threshold, position: view.position });
+    else state();
+    if (view.selected && !model.picked.kind) pick(view.meaning(view.selected));
+    else selected();
+    view.recolour();
+    shown(++loading);
+  };
+  /** The store that the page began with, once its first part has unpacked it; null if it began with another. */
+  const held = async () => {
+    if (!window.lmttFront && document.getElementById("lmtt-front"))
+      await new Promise((done) => { window.addEventListener("lmtt-front", done, { once: true }); });
+    return window.lmttFront?.digest === model.opened ? window.lmttFront.store : null;
+  };
   const load = async () => {
     const mine = ++loading;
     view?.destroy();
     view = null;
     root.replaceChildren();
-    if (!model.store || !model.store.byteLength) {
+    const sent = model.store?.byteLength > 0;
+    if (!sent && !model.opened) {
       const none = document.createElement("p");
       none.className = "rv-none";
       none.textContent = "No run is shown yet. Write a prompt and press Trace, or open a stored run.";
@@ -46,18 +79,21 @@ export function render({ model }) {
       root.append(none);
       return;
     }
-    const store = await unpack(model.store);
+    const store = await (sent ? unpack(model.store) : held());
     if (mine !== loading) return; // another run came in meanwhile
+    if (!store) {
+      tell(() => { model.wanted = true; });
+      return;
+    }
     view = new RouteView(root, store, {
       threshold: model.threshold,
       position: place(store),
       tables: false, // the server's own files hold more
-      onState: (state) => Object.assign(model, state),
-      onPick: (picked) => { model.picked = picked; },
+      onState: report,
+      onPick: pick,
     });
     selected();
-    root.view = view; // for those who measure
-    root.dataset.ready = String(mine);
+    shown(mine);
   };
   const state = () => {
     if (view && (model.threshold !== view.threshold || place(view.store) !== view.position))
@@ -71,11 +107,18 @@ export function render({ model }) {
   model.on("by_hand", theme);
   // Bokeh takes models that the server sent for unknown to it until the browser has said something: the first click
   // on one of them would carry it in full.
-  model.on("sent", () => { model.received = model.sent; });
+  model.on("sent", () => {
+    model.received = model.sent;
+    up = true;
+    root.dataset.session = "up";
+    for (const what of waiting.splice(0)) what();
+  });
   system.addEventListener("change", follow);
+  // At once, before the page's own switch tells the server of the system's scheme as if somebody had used it.
   if (remembered()) model.dark = remembered() === "dark";
   else follow();
   theme();
-  load();
+  if (drawn) adopt();
+  else load();
   return root;
 }

@@ -120,12 +120,14 @@ def listen(settings: Settings, shared: Server) -> Any:
     """
     import panel as pn
 
+    from lmtt.viz import front
     from lmtt.viz.app import Dashboard
 
     pn.extension(notifications=True, reconnect=True, disconnect_notification=LOST)
+    front.install()
 
     def session() -> Any:
-        dashboard = Dashboard(shared, uuid.uuid4().hex)
+        dashboard = Dashboard(shared, uuid.uuid4().hex, pn.state.headers.get(front.HELD, ""))
         dashboard.join()
         return dashboard.page
 
@@ -140,6 +142,7 @@ def listen(settings: Settings, shared: Server) -> Any:
         raise InputError(
             f"cannot serve on {settings.host}:{port}: {error.strerror}", remedy="choose another --port"
         ) from None
+    front.share(server, shared)
     server.start()
     return server
 

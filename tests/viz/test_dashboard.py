@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error::bokeh.util.warnings.BokehUserWarning"),
 ]
 PROMPT = "The capital of France is"
+READY = "[data-ready][data-session] .rv-canvas"  # drawn, and its session is there
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ class Person:
         self.page.get_by_role("button", name="Trace", exact=True).click()
 
     def wait_for_graph(self):
-        self.page.wait_for_selector(".rv-canvas", timeout=60_000)
+        self.page.wait_for_selector(READY, timeout=60_000)
         return self
 
     def view(self, expression, argument=None):
@@ -205,13 +206,65 @@ def test_a_slider_move_sends_next_to_nothing(watched, serving, hostile_trace):
     sent = []
     one.page.on("websocket", lambda socket: socket.on("framesent", lambda payload: sent.append(len(payload))))
     one.page.goto(serving(no_models(), Trace(hostile_trace)))
-    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    one.page.wait_for_selector(READY, timeout=60_000)
     one.page.wait_for_timeout(800)
     sent.clear()
     for value in ("-1.6", "-1.2", "-0.9", "-1.1"):
         one.page.locator(".rv-slider").fill(value)
     one.page.wait_for_timeout(1000)
     assert 0 < sum(sent) < 4000, "a few hundred bytes once it came to rest"
+
+
+def hold_back(page, held):
+    """Panel's page goes on only after `let_go`."""
+    page.route("**/bokeh.min.js*", lambda request: held.append(request) or None)
+
+
+def let_go(page, held):
+    for _ in range(200):
+        if held:
+            break
+        page.wait_for_timeout(100)
+    held[0].continue_()
+
+
+def test_the_graph_can_be_used_before_there_is_a_session(watched, serving, hostile_trace):
+    """It waits for no script of Panel's; what was done to it meanwhile stays, and the server hears of it."""
+    one, held = watched(), []
+    hold_back(one.page, held)
+    address = serving(no_models(), Trace(hostile_trace))
+    one.page.goto(f"{address}?position=7", wait_until="commit")
+    one.page.wait_for_selector(".front-view .rv-canvas", timeout=60_000)
+    assert one.page.evaluate("lmttFront.view.position") == 7
+    one.page.locator(".rv-slider").fill("-0.7")
+    expected = len(route(hostile_trace, 7, float(f"{10**-0.7:.3g}")).edges)
+    one.page.get_by_text(f"{expected:,} edges above 0.2").wait_for()
+    one.page.evaluate("lmttFront.view._pick({token: 3})")
+    one.page.wait_for_timeout(400)
+    assert one.page.evaluate("typeof Bokeh") == "undefined"
+    let_go(one.page, held)
+    one.page.wait_for_selector(READY, timeout=60_000)
+    one.page.get_by_text("received: strongest attention edges into it").wait_for()
+    one.page.wait_for_url("**threshold=0.2*")
+    state = one.page.locator(".rv").evaluate(
+        "(r) => [r.view.threshold, r.view.position, r.view.selected.token]"
+    )
+    assert state == [0.2, 7, 3]
+    assert one.page.locator("#lmtt-front").count() == 0
+    assert one.page.locator(".rv").evaluate("(root) => root.view === lmttFront.view"), "drawn and sent once"
+
+
+def test_a_page_that_holds_another_run_is_sent_this_one(watched, serving, hostile_trace):
+    """As after a restart of the server, whose new session answers the old page."""
+    one = watched()
+    held = []
+    hold_back(one.page, held)
+    one.page.goto(serving(no_models(), Trace(hostile_trace)), wait_until="commit")
+    one.page.wait_for_selector(".front-view .rv-canvas", timeout=60_000)
+    one.page.evaluate("lmttFront.digest = 'another'")
+    let_go(one.page, held)
+    one.page.wait_for_selector(READY, timeout=60_000)
+    assert one.page.locator(".rv").evaluate("(root) => root.view !== lmttFront.view")
 
 
 def test_a_lost_connection_is_said_and_the_graph_goes_on(watched, serving, hostile_trace):
@@ -224,7 +277,7 @@ def test_a_lost_connection_is_said_and_the_graph_goes_on(watched, serving, hosti
 
     one.page.route_web_socket("**/ws*", between)
     one.page.goto(serving(no_models(), Trace(hostile_trace)))
-    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    one.page.wait_for_selector(READY, timeout=60_000)
     sockets[0].close(code=3001, reason="the cable")
     one.page.get_by_text("The server does not answer.").first.wait_for()
     one.page.locator(".rv-slider").fill("-0.7")
@@ -238,7 +291,7 @@ def test_the_theme_follows_the_system_until_it_is_switched(watched, serving, hos
     address = serving(no_models(), Trace(hostile_trace))
     page = watched(color_scheme=scheme).page
     page.goto(address)
-    page.wait_for_selector(f"html[data-theme={scheme}] .rv-canvas", timeout=60_000)
+    page.wait_for_selector(f"html[data-theme={scheme}] {READY}", timeout=60_000)
     page.emulate_media(color_scheme=other)
     page.wait_for_selector(f"html[data-theme={other}]")
     page.wait_for_timeout(400)  # until the server knows of it, and the switch shows it
@@ -246,13 +299,13 @@ def test_the_theme_follows_the_system_until_it_is_switched(watched, serving, hos
     page.wait_for_selector(f"html[data-theme={scheme}]")
     page.wait_for_timeout(400)
     page.reload()
-    page.wait_for_selector(f"html[data-theme={scheme}] .rv-canvas", timeout=60_000)
+    page.wait_for_selector(f"html[data-theme={scheme}] {READY}", timeout=60_000)
 
 
 def test_hostile_tokens_are_shown_harmlessly_everywhere(watched, serving, hostile_trace):
     page = watched().page
     page.goto(serving(no_models(), Trace(hostile_trace)))
-    page.wait_for_selector(".rv-canvas", timeout=60_000)
+    page.wait_for_selector(READY, timeout=60_000)
     page.wait_for_timeout(500)
     page.locator("header button").last.click()
     page.wait_for_selector("html[data-theme=dark]", timeout=60_000)  # every view follows the switch
@@ -275,10 +328,10 @@ def test_a_hostile_address_is_no_more_than_a_wrong_one(watched, serving, hostile
     one = watched()
     picked = json.dumps({"kind": "attention", "layer": 10**12, "source": -5, "position": "<img src=x>"})
     one.page.goto(f"{address}?threshold=7&position=-99&picked={picked}")
-    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    one.page.wait_for_selector(READY, timeout=60_000)
     again = watched()
     again.page.goto(f"{address}?threshold=0.2&position=3")
-    again.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    again.page.wait_for_selector(READY, timeout=60_000)
     state = again.page.locator(".rv").evaluate("(root) => [root.view.threshold, root.view.position]")
     assert state == [0.2, 3]
 
@@ -291,10 +344,11 @@ def test_a_password_is_asked_and_nothing_is_there_without_it(watched, serving, h
     one.page.get_by_role("button", name="Enter").click()
     one.page.get_by_text("Invalid").wait_for()
     assert one.page.locator(".rv").count() == 0
+    assert "lmtt-front" not in one.page.content()
     socket = urllib.request.Request(f"{address}ws", headers={"Upgrade": "websocket", "Connection": "Upgrade"})
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(socket, timeout=10)
     assert refused.value.code in (400, 401, 403)
     one.page.get_by_label("Password").fill("correct horse")
     one.page.get_by_role("button", name="Enter").click()
-    one.page.wait_for_selector(".rv-canvas", timeout=60_000)
+    one.page.wait_for_selector(READY, timeout=60_000)
