@@ -260,6 +260,8 @@ def _trace(options: argparse.Namespace) -> None:
     from lmtt.engine import check_backend, load
 
     check_backend(options.backend)
+    if by_layer and not options.resume:
+        _check_room(options, prompt)
     with _stoppable(options, by_layer) as interrupts, _progress() as report:
         engine = load(
             options.model,
@@ -530,6 +532,15 @@ def _check_unlocked(path: Path) -> None:
         lock(directory, path)
     finally:
         os.close(directory)
+
+
+def _check_room(options: argparse.Namespace, prompt: str | list[dict[str, str]]) -> None:
+    """Find out that the disk is too full before any weight is read."""
+    from lmtt.run.preflight import check_room
+
+    texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    full = options.keep == "full"
+    check_room(options.out, options.model, texts, device=options.device, dtype=options.dtype, full=full)
 
 
 def _check_run_free(path: Path, force: bool) -> None:

@@ -41,6 +41,7 @@ from lmtt.profile.clock import Clock
 from lmtt.profile.planning import planned_cost
 from lmtt.run.data import Predictions, TraceData
 from lmtt.run.layout import Tail, assemble
+from lmtt.run.preflight import expected_bytes
 from lmtt.run.reader import read_run
 from lmtt.run.writer import RunWriter
 from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
@@ -432,7 +433,6 @@ class Engine:
         """The run's directory, locked, before anything is computed."""
         T, L = len(prompt.tokens), len(self._layers)
         settings = replace(job.settings, workspace=self._weights.workspace([T], full=job.full))
-        states = L + 1 if job.full else 2
         itemsize = parse_dtype(self.info.dtype, self._device()).itemsize  # type: ignore[union-attr] # no "auto"
         return RunWriter(
             path,
@@ -457,7 +457,9 @@ class Engine:
             },
             resume=resume,
             force=force,
-            expected_bytes=states * T * self.info.d_model * itemsize + L * T * (settings.neurons * 12 + 512),
+            expected_bytes=expected_bytes(
+                L, T, self.info.d_model, itemsize, full=job.full, neurons=settings.neurons
+            ),
         )
 
     def _predict(self, ids: Tensor, hidden: Tensor, calls: LayerCalls) -> tuple[Predictions, Choice]:

@@ -142,7 +142,7 @@ class RunWriter:
             os.unlink(name, dir_fd=self._directory)
             if name == RUN_JSON:
                 os.fsync(self._directory)
-        _check_space(self._directory, self.path, expected_bytes)
+        check_space(_free(self._directory), self.path, expected_bytes)
         self._write(RUN_JSON, [seal({"schema": SCHEMA, "complete": False, "manifest": self.manifest})])
         _sync_directory(self.path.parent)
 
@@ -415,7 +415,7 @@ def write_packed(path: str | os.PathLike[str], data: TraceData, *, force: bool =
     with _explained(path, "nothing was stored"):
         directory = open_directory(path.parent)
         try:
-            _check_space(directory, path, size)
+            check_space(_free(directory), path, size)
             # No lock on somebody else's directory, so the temporary name is this process's own.
             write_durably(directory, path.name, parts, temporary=f".{path.name}.{os.getpid()}.tmp")
         finally:
@@ -481,16 +481,29 @@ def _brief(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _check_space(directory: int, path: Path, expected_bytes: int) -> None:
-    disk = os.fstatvfs(directory)
-    free = disk.f_bavail * disk.f_frsize
-    if expected_bytes > MOST_OF_FREE_SPACE * free:
+def has_room(free: int, expected_bytes: int) -> bool:
+    """Whether so many bytes may be written where so many are free."""
+    return expected_bytes <= MOST_OF_FREE_SPACE * free
+
+
+def check_space(free: int, path: Path, expected_bytes: int) -> None:
+    """RunError, naming `path`, if a run of about so many bytes should not be started."""
+    if not has_room(free, expected_bytes):
         raise RunError(
             f"the disk of {path} is too full",
-            expected=f"room for {expected_bytes / 2**20:.0f} MiB with a tenth to spare",
-            got=f"{free / 2**20:.0f} MiB free",
+            expected=f"room for {_in_units(expected_bytes)} with a tenth to spare",
+            got=f"{_in_units(free)} free",
             remedy="free some space, or write the run elsewhere",
         )
+
+
+def _in_units(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.0f} MiB" if nbytes >= 10 << 20 else f"{nbytes / 2**10:.0f} KiB"
+
+
+def _free(directory: int) -> int:
+    disk = os.fstatvfs(directory)
+    return disk.f_bavail * disk.f_frsize
 
 
 def _sync_directory(path: Path) -> None:
@@ -509,6 +522,9 @@ def _explained(path: Path, kept: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, remedy = f"the disk of {path} is full", "free some space, then continue with --resume"
+        elif error.errno == errno.EFBIG:
+            what = f"a file of {path} is larger than the disk or this process may hold"
+            remedy = "raise the limit (ulimit -f), then continue with --resume"
         elif isinstance(error, FileExistsError | NotADirectoryError):
             what, remedy = f"{path} is in the way of a run directory", "choose another output"
         else:
