@@ -79,8 +79,9 @@ def _dimensions(source: Source, device: str, dtype: str) -> tuple[int, int, int]
     if source.gguf is not None:
         fields = read_header(Path(source.folder) / source.gguf).fields
         name = fields.get("general.architecture")
-        layers, d_model = (fields.get(f"{name}.{key}", 0) for key in ("block_count", "embedding_length"))
-        return int(layers), int(d_model), 4 if kind == "auto" else kind.itemsize
+        numbers = (fields.get(f"{name}.{key}") for key in ("block_count", "embedding_length"))
+        layers, d_model = (n if isinstance(n, int) else 0 for n in numbers)  # loading names what is missing
+        return layers, d_model, 4 if kind == "auto" else kind.itemsize
     with quiet_transformers():
         config = read_config(source).get_text_config()
     element: torch.dtype = stored_dtype(config) if kind == "auto" else kind
