@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/attention.h"
 #include "core/dequant.h"
@@ -118,6 +119,19 @@ py::dict seconds_of(const lmtt::Stages& stages) {
   return result;
 }
 
+// value(row) of every row as an array of T in a bytearray: what lists hold goes to Python by columns.
+template <class T, class Row, class Value>
+py::bytearray column(const std::vector<Row>& rows, const Value& value) {
+  py::bytearray out(static_cast<const char*>(nullptr), rows.size() * sizeof(T));
+  char* to = PyByteArray_AS_STRING(out.ptr());
+  for (const Row& row : rows) {
+    const T one = value(row);
+    std::memcpy(to, &one, sizeof(T));
+    to += sizeof(T);
+  }
+  return out;
+}
+
 py::dict attention(const py::kwargs& kwargs) {
   const Arguments a(kwargs);
   lmtt::AttentionInput in{};
@@ -166,15 +180,22 @@ py::dict attention(const py::kwargs& kwargs) {
     const py::gil_scoped_release unlocked;
     lmtt::attention_contributions(in, out);
   }
-  // [N, 4] rows of (destination, source, head, bits of the float32 share), and of (destination, source, bits, pairs)
-  static_assert(sizeof(lmtt::KeptPair) == 16 && sizeof(lmtt::KeptEdge) == 16, "four words");
   py::dict result;
   result["evaluated"] = out.evaluated, result["positive"] = out.positive;
   result["reevaluated"] = out.reevaluated;
   result["seconds"] = seconds_of(out.stages);
-  result["kept"] = py::bytearray(reinterpret_cast<const char*>(out.kept.data()), out.kept.size() * 16);
+  result["kept"] = py::make_tuple(column<int64_t>(out.kept, [](const auto& pair) { return pair.destination; }),
+                                  column<int64_t>(out.kept, [](const auto& pair) { return pair.source; }),
+                                  column<int64_t>(out.kept, [](const auto& pair) { return pair.head; }),
+                                  column<float>(out.kept, [](const auto& pair) { return pair.share; }));
+  int64_t before = 0;
   result["kept_edges"] =
-      py::bytearray(reinterpret_cast<const char*>(out.kept_edges.data()), out.kept_edges.size() * 16);
+      py::make_tuple(column<int64_t>(out.kept_edges, [](const auto& edge) { return edge.destination; }),
+                     column<int64_t>(out.kept_edges, [](const auto& edge) { return edge.source; }),
+                     column<float>(out.kept_edges, [](const auto& edge) { return edge.share; }),
+                     column<int64_t>(out.kept_edges, [&before](const auto& edge) {
+                       return std::exchange(before, before + edge.pairs);
+                     }));
   return result;
 }
 
@@ -227,9 +248,8 @@ void proximities(const py::kwargs& kwargs) {
   const py::gil_scoped_release unlocked;
   lmtt::parallel_for(threads, lmtt::panels(T), [&](int64_t p, int) {
     for (int64_t i = p * lmtt::kPanel; i < std::min(T, (p + 1) * lmtt::kPanel); ++i) {
-      double dot;
       for (int64_t n = 0; n < count; ++n) {
-        lmtt::kernels().proximity(parts[n] + i * D, whole + i * D, D, &values[i * count + n], &dot);
+        lmtt::kernels().proximity(parts[n] + i * D, whole + i * D, D, &values[i * count + n], nullptr);
       }
     }
   });

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lmtt.errors import ClosureError
+from lmtt.kernels import host_memory
 from lmtt.kernels.types import Choice
 from lmtt.lens.logit_attribution import LogitAttribution
 from lmtt.profile.clock import Clock
@@ -177,8 +177,8 @@ class Running:
 
 def stream_room(layers: int, hidden: Tensor) -> NDArray[Any]:
     """Room for resid_pre of every layer and the final state, [L + 1, T, D], to be filled in place."""
-    state = to_host(hidden)
-    return np.empty((layers + 1, *state.shape), state.dtype)
+    room = host_memory.empty((layers + 1, *hidden.shape), hidden.dtype)
+    return to_host(room)
 
 
 def to_host(tensor: Tensor) -> NDArray[Any]:

@@ -77,7 +77,7 @@ struct Kernels {
 
   double (*absolute_sum)(const float* x, int64_t n);                     // sum of |x|
   double (*absolute_dot)(const float* x, const float* w, int64_t n);     // sum of |x| w
-  // proximity = max(0, sum of min(t, 2|y| - t)), dot = sum of t, with t = x sign(y).
+  // proximity = max(0, sum of min(t, 2|y| - t)), dot = sum of t unless it is null, with t = x sign(y).
   void (*proximity)(const float* x, const float* y, int64_t n, double* proximity, double* dot);
   // Per block of sixteen: smallest[b] = min |x|, largest[b] = max |x|; padded(panels(n)) floats, zeros at the end.
   void (*block_smallest)(const float* x, int64_t n, float* smallest);

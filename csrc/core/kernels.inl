@@ -176,6 +176,7 @@ void proximity(const float* x, const float* y, int64_t n, double* value, double*
     return smaller((size - t) + size, t);  // (size - t) + size: size + size could overflow
   });
   *value = raw < 0 ? 0 : raw;
+  if (dot == nullptr) return;
   *dot = sum_over(n, [x, y](int64_t d, int64_t left) {
     return flip_by_sign(load_first(x + d, left), load_first(y + d, left));
   });

@@ -90,11 +90,12 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         **common.arrays(),
     )
     stages.spent(counts["seconds"])
+    kept = None if task.keep is None else _pairs(counts["kept"])
     return AttentionResult(
         edges=edges,
         per_head=per_head,
-        kept=None if task.keep is None else _pairs(counts["kept"]),
-        kept_edges=None if task.keep is None else _edges(counts["kept_edges"]),
+        kept=kept,
+        kept_edges=None if kept is None else _edges(counts["kept_edges"], len(kept.head)),
         evaluated=counts["evaluated"],
         positive=counts["positive"],
         reevaluated=counts["reevaluated"],
@@ -189,26 +190,21 @@ def _mask(mask: Tensor | None, H: int, T: int) -> dict[str, Any]:
     return {"mask": _dense("mask", mask, shape), "allowed": None}
 
 
-def _pairs(kept: bytearray) -> Pairs:
-    """From rows of (destination, source, head, bits of the float32 share)."""
-    words = _words(kept)
-    destination, source, head = words[:, :3].long().unbind(1)
-    return Pairs(destination, source, head, words[:, 3].contiguous().view(torch.float32))
+def _pairs(columns: tuple[bytearray, ...]) -> Pairs:
+    """From int64 destinations, sources and heads, and float32 shares."""
+    destination, source, head, share = columns
+    return Pairs(_words(destination), _words(source), _words(head), _words(share, torch.float32))
 
 
-def _edges(kept: bytearray) -> KeptEdges:
-    """From rows of (destination, source, bits of the float32 share, pairs of this edge)."""
-    words = _words(kept)
-    destination, source, pairs = words[:, (0, 1, 3)].long().unbind(1)
-    weight = words[:, 2].contiguous().view(torch.float32)
-    return KeptEdges(destination, source, weight, torch.cat([pairs.new_zeros(1), pairs.cumsum(0)]))
+def _edges(columns: tuple[bytearray, ...], pairs: int) -> KeptEdges:
+    """From int64 destinations and sources, float32 shares, and where each edge's first of all `pairs` is."""
+    destination, source, share, first = columns
+    head_ptr = torch.cat([_words(first), torch.tensor([pairs])])
+    return KeptEdges(_words(destination), _words(source), _words(share, torch.float32), head_ptr)
 
 
-def _words(rows: bytearray) -> Tensor:
-    """int32 [N, 4]."""
-    if not rows:  # torch.frombuffer refuses
-        return torch.empty(0, 4, dtype=torch.int32)
-    return torch.frombuffer(rows, dtype=torch.int32).view(-1, 4)
+def _words(array: bytearray, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.frombuffer(array, dtype=dtype) if array else torch.empty(0, dtype=dtype)  # it refuses none
 
 
 def _optional(name: str, tensor: Tensor | None, shape: Sequence[int]) -> Any:
