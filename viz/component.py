@@ -28,6 +28,9 @@ class RouteView(JSComponent):  # type: ignore[misc] # panel ships no types
     received = param.Integer(default=0, doc="the browser's answer")
     themes = param.String(default=theme.css(":root", system=False), constant=True, doc="CSS for the document")
 
+    # What a person waits for; anything else Panel collects for 50 ms before it looks at it.
+    _priority_changes: ClassVar[list[str]] = ["picked", "position", "threshold"]
+
     _esm: ClassVar[str] = bundle("panel.js")
     _stylesheets: ClassVar[list[Any]] = [
         source("view.css") + ":host, .rv { height: 100%; } .rv { background: transparent; }"
