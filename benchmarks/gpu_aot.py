@@ -39,18 +39,19 @@ TENSORS: Types = {
         ("keep_bits", "rows", "bits", "tiles", "pair_head", "pair_source", "pair_row", "u_row", "row"), "*i32"
     ),
     **dict.fromkeys(("by_row", "by_source"), "*i32"),
+    **dict.fromkeys(("quantum", "lost", "proximity", "signed", "mass", "total"), "*fp64"),
 }
 SCALARS: Types = {
     **dict.fromkeys(
         ("count", "heads", "group", "tokens", "window", "width", "pairs", "neurons", "vocabulary"), "i32"
     ),
-    **dict.fromkeys(("first_head", "stride"), "i32"),
+    **dict.fromkeys(("first_head", "stride", "part_stride"), "i32"),
     **dict.fromkeys(("out_head", "mask_head"), "i64"),
     **dict.fromkeys(("scale", "softcap", "margin"), "fp32"),
 }
 INPUTS = (
     *("q", "k", "v", "w_o", "whole", "sinks", "mask", "alibi", "row_scale"),
-    *("signs", "w_down", "act", "states", "w_u", "bias"),
+    *("signs", "w_down", "act", "states", "w_u", "bias", "part"),
 )
 ALIGNED = {"width", "neurons", "vocabulary", "stride"}  # multiples of 16 in real models
 
@@ -95,7 +96,7 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
     from lmtt.kernels.directional_attention import fused as directional
     from lmtt.kernels.neurons import fused as neurons
     from lmtt.kernels.proximity import fused as proximity
-    from lmtt.kernels.proximity import screen
+    from lmtt.kernels.proximity import rows, screen
     from lmtt.kernels.triton_host import depth_step, tile
     from lmtt.kernels.triton_split import _split
     from lmtt.kernels.unembed_topk import fused as unembed
@@ -177,6 +178,9 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
             if split:
                 yield Case("turn_bits", screen._turn_bits, name, {"WORDS": words}, 4, 3, words * 1024)
                 yield Case("split", _split, name, {"BLOCK": 1024}, 4, 3, 1024)
+                yield Case("part", rows._part, name, {"BLOCK": rows.DEPTH}, 4, 3, rows.DEPTH)
+                yield Case("deposit", rows._deposit, name, {"BLOCK": rows.DEPOSITED}, 4, 3, 0)
+                yield Case("shares", rows._shares, name, {"BLOCK": rows.EDGES}, 4, 3, 0)
             bl = proximity.COEFFICIENT_PAIRS
             yield Case(
                 f"coefficients {name} {width}", proximity._coefficients, name,
@@ -212,6 +216,10 @@ def compile_triton(case: Case, chip: int) -> Report:
         own |= dict.fromkeys(("v", "w", "w_low"), "*fp16")
     if function.__name__ == "_logits":
         own["out"] = "*fp32"
+    if function.__name__ == "_deposit":
+        own |= {"value": "*fp32", "source": "*i32", "head": "*i32", "edges": "*i64", "per_head": "*i64"}
+    if function.__name__ == "_shares":
+        own |= {"fixed": "*i64", "unit": "*fp64"}
     if function.__name__ == "_best":
         own |= {"keys": "*i64", "sums": "*fp64"}
     types = {**TENSORS, **SCALARS, **own}
@@ -325,10 +333,18 @@ SHAPES = {  # heads, d_head, d_model, d_mlp, and parameters per layer
 }
 
 
-def predict(reports: list[Report]) -> Iterator[str]:
-    """Lower bounds of times on an H100 from the sm_90 code: issue slots or tensor cores, whichever is longer.
+# Bytes that L2 hands to all processors in a second, as published measurements have it, and what the kernels
+# without masks ask of it for a pair: q and both terms of W_O r for each block of sources, k and v for each block
+# of destinations and group of heads that shares them.
+L2_RATE = 5.5e12
+GROUP = {"llama-3-8b": 4, "llama-3-70b": 8}
+TILE_ROWS, TILE_SOURCES = 64, 128
 
-    The loop's instructions include branches that few tiles take: of its kind issue is an upper estimate.
+
+def predict(reports: list[Report]) -> Iterator[str]:
+    """Lower bounds of times on an H100 from the sm_90 code: the longest of issue, products and L2's traffic.
+
+    Of the kernels without masks, which all tiles but those on the diagonal have.
     """
     per = {r.name: r.per_element for r in reports if r.chip == 90}
     issue = PROCESSORS * 128 * CLOCK
@@ -336,15 +352,20 @@ def predict(reports: list[Report]) -> Iterator[str]:
     for shape, (heads, width, d_model, d_mlp, parameters) in SHAPES.items():
         for tokens in (2048, 4096, 8192):
             pairs = heads * tokens * (tokens + 64) / 2
-            times = {}
-            for kernel, products in (("tiles", 3), ("row_logsumexp", 1), ("screen_l1", 3)):
-                slots = pairs * per[f"{kernel} bf16 128"] / issue
-                times[kernel] = max(slots, 2 * products * pairs * width / TENSOR_RATE)
+            traffic = 2 * width * (3 / TILE_SOURCES + 2 / TILE_ROWS / GROUP[shape])
+            times = []
+            for kernel, products, nbytes in (
+                ("tiles inside bf16 128", 3, traffic),
+                ("row_logsumexp bf16 128", 1, 0.0),
+                ("screen inside and kept bf16 128", 3, traffic),
+            ):
+                slots = pairs * per[kernel] / issue
+                multiplied = 2 * products * pairs * width / TENSOR_RATE
+                times.append(max(slots, multiplied, pairs * nbytes / L2_RATE))
             neurons = 2.0 * tokens * d_model * d_mlp / TENSOR_RATE
             flash = 2 * 2 * pairs * width / TENSOR_RATE
             layer = 2 * parameters * tokens / TENSOR_RATE + flash
-            shown = (times["tiles"], times["row_logsumexp"], times["screen_l1"], neurons, flash, layer)
-            a, b, c, d, e, f = (1e3 * t for t in shown)
+            a, b, c, d, e, f = (1e3 * t for t in (*times, neurons, flash, layer))
             yield f"{shape:12} {tokens:6} {a:10.2f} {b:12.2f} {c:8.2f} {d:8.2f} {e:7.2f} {f:7.2f}"
 
 

@@ -37,6 +37,9 @@ WORKSPACE = 1 << 30
 TOKENS = [512, 2048, 4096, 8192]
 ACTIVATIONS = Path(__file__).resolve().parent.parent / "build/gpu-activations"
 AS_TRACED: dict[str, Any] = {"screen": 1e-4, "max_certificate": 0.05, "keep": 1e-3}
+FLOOR = (
+    1e-3  # at which a layer is held to its forward; a trace at this floor screens attention at a tenth of it
+)
 DESTINATIONS, SOURCES = 32, 128  # FlashTrace's chunks
 MOST_DENSE = 3e13  # coordinates of pairs that Triton's exact evaluation gets: a few seconds
 MOST_FLASHTRACE = 3e12  # and that FlashTrace's loop gets
@@ -254,8 +257,10 @@ def measure_backend(backend: str, layer: Layer, machine: Machine, seconds: float
     result: dict[str, Any] = {}
     exact = replace(layer.attention, screen=0.0)
     dims = layer.attention.whole.shape[0] ** 2 * layer.attention.attention.w_o.numel()
+    at_floor = replace(layer.attention, screen=FLOOR, max_certificate=1.0)
     tasks: list[tuple[str, AttentionTask | NeuronTask]] = [
         ("attention", layer.attention),
+        ("attention_at_floor", at_floor),
         ("neurons", layer.neurons),
     ]
     if backend == "cuda" or dims < MOST_DENSE:
@@ -284,7 +289,7 @@ def measure(layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
         _, result["layer_forward_bytes"] = machine.peak(layer.forward)
     for backend in ("cuda", "triton"):
         result |= measure_backend(backend, layer, machine, seconds)
-        both = [result.get(f"{backend}_{op}") for op in ("attention", "neurons")]
+        both = [result.get(f"{backend}_{op}") for op in ("attention_at_floor", "neurons")]
         if layer.forward is not None and all(isinstance(x, float) for x in both):
             result[f"{backend}_over_layer"] = sum(both) / result["layer_forward"]
     needed = 14.0 * heads * tokens**2 * d_model

@@ -95,11 +95,13 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def half_values(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, scale []): float16 of v's shape with v = y * scale, one power of two for all of it."""
-    largest = torch.where(v.isfinite(), v, 0).abs().amax().float()
+    """(y, scale []): float16 of v's shape [H_kv, T, E_v], v = y * scale, one power of two for all of it."""
+    largest = torch.stack([torch.where(x.isfinite(), x, 0).abs_().amax().float() for x in v]).amax()
     exponent = (torch.frexp(largest).exponent - HEADROOM).masked_fill(largest == 0, 0).clamp(-120, 120)
-    y = torch.ldexp(v.float(), -exponent).half()
-    return y.contiguous(), torch.ldexp(torch.ones_like(largest), exponent)
+    y = torch.empty(v.shape, dtype=torch.float16, device=v.device)
+    for head, x in zip(y, v, strict=True):  # one at a time: float32 takes twice as much
+        head.copy_(torch.ldexp(x.float(), -exponent))
+    return y, torch.ldexp(torch.ones_like(largest), exponent)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

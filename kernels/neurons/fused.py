@@ -87,6 +87,7 @@ def _screen(
 LEAST = tl.constexpr(-(1 << 63))
 LAST = tl.constexpr((1 << 31) - 1)
 BLOCK = 1024  # neurons of a row that `_best` looks at together
+SEARCHED_BYTES = 64  # of a neuron of a row that is searched: bound, value, masks, and what sorting takes
 MOST_BEST = 128  # k up to which it does: larger ones are found by `_Scored`
 
 
@@ -172,7 +173,7 @@ def neuron_contributions(
         skipped = stats[3]
         # A neuron that is not listed has a bound of at most the threshold.
         open_rows = (~(best_value[:, -1] > threshold)).nonzero()[:, 0]
-        for some in pieces(len(open_rows), max(1, task.workspace // 2 // (neurons * 24))):
+        for some in pieces(len(open_rows), max(1, task.workspace // 2 // (neurons * SEARCHED_BYTES))):
             which = open_rows[some]
             search = scored.search(which, norms)
             best_value[which], best_index[which] = search.top_k(task.k)

@@ -8,8 +8,8 @@ For as many destinations at a time as the workspace has room for:
 2. `list_pairs`   the bits as a list sorted by (head, source, destination).
 3. evaluation     of the listed pairs in D dimensions, u[j, h] = v[j] W_O[h] formed once per source that needs
                   it. `Evaluator` says how: `_evaluate` below, or csrc/cuda.
-4. deposit        exact values are added as integers (2^-40 of |whole|): their order does not matter, and
-                  every run gives the same bits.
+4. `deposit`      (rows.py) exact values are added as integers (2^-40 of |whole|): their order does not
+                  matter, and every run gives the same bits.
 
 For L2 the screen itself is exact (a Gram matrix gives |u|); only parts nearly equal to the whole are listed.
 """
@@ -29,6 +29,7 @@ from lmtt.kernels.directional_attention.fused import row_logsumexp
 from lmtt.kernels.measures import l2
 from lmtt.kernels.numerics import SPLIT_LOSS, certificate, divide, ieee_matmul, sign, tensor_core_margin
 from lmtt.kernels.proximity.reference import _join, _other_parts, _Rows
+from lmtt.kernels.proximity.rows import deposit, edge_shares, part_sums
 from lmtt.kernels.proximity.screen import row_stride, run_screen, turn_bits
 from lmtt.kernels.triton_bricks import VARIES, pair_weights, positive, tanh
 from lmtt.kernels.triton_host import (
@@ -47,7 +48,7 @@ COEFFICIENT_PAIRS = 32  # of one program of `_coefficients`
 LIST_PAIRS, LIST_DEPTH = 4, 512  # tile of `_evaluate`
 LEAST_SOURCES = 64  # whose u are formed at once, whatever the workspace: fewer are no matrix product
 LEAST_LISTED = 1 << 14  # pairs evaluated at once, likewise
-OTHER_ROWS = 128  # destinations whose residual, bias and others are evaluated at once
+OTHER_ROWS = 128  # destinations whose residual, bias and others are evaluated at once, for L2
 LISTED_BYTES = 48  # per listed pair: indices, coefficient, value and what sorting them takes
 
 
@@ -450,19 +451,17 @@ def _source_norms(task: AttentionTask, of: Operands) -> Tensor:
     if task.measure == "l1":
         # A gate is bounded by its largest entry in all heads (`_row_factors`), and so is W_O r.
         norms = torch.linalg.vector_norm(a.w_o, 1, dim=-1, dtype=torch.float32)
-        absolute = a.v.float().abs()
-        with ieee_matmul():
-            sums = absolute @ norms.view(-1, a.group, a.v.shape[2]).mT  # [H_kv, T, group]
         out = torch.zeros(heads, row_stride(tokens), device=a.q.device)[:, :tokens]
-        out += sums.mT.reshape(heads, tokens) * tensor_core_margin(sum(a.w_o.shape[1:]), of.split)
-        if of.split:
-            largest = absolute.masked_fill(~absolute.isfinite(), 0).amax()
-            lost = (
-                largest * norms.sum(-1)[:, None]
-                + absolute.sum(-1).repeat_interleave(a.group, 0) * norms.amax()
-            )
-            out += lost * SPLIT_LOSS
-        return out
+        margin = tensor_core_margin(sum(a.w_o.shape[1:]), of.split)
+        largest = torch.zeros((), device=a.q.device)
+        for kv, v in enumerate(a.v):
+            absolute, of_group = v.abs().float(), slice(kv * a.group, (kv + 1) * a.group)
+            with ieee_matmul():
+                out[of_group] = norms[of_group] @ absolute.T * margin
+            if of.split:
+                out[of_group] += absolute.sum(-1) * (norms.amax() * SPLIT_LOSS)
+                largest = torch.maximum(largest, absolute.masked_fill_(~absolute.isfinite(), 0).amax())
+        return out.add_(largest * norms.sum(-1)[:, None] * SPLIT_LOSS)
     out = torch.zeros(heads, row_stride(tokens), device=a.q.device)[:, :tokens]
     for h in range(heads):
         v, w_o = a.v[h // a.group], a.w_o[h].double()
@@ -498,12 +497,30 @@ def _rows_at_once(task: AttentionTask, of: Operands) -> int:
 
 
 def _others(task: AttentionTask, rows: Tensor) -> _Rows:
-    """As `reference._other_parts`, in pieces; `whole` in float32 for L2 only, and no signs."""
-    found = []
-    for some in pieces(len(rows), OTHER_ROWS):
-        piece = _other_parts(task, rows[some])
-        found.append(piece if task.measure == "l2" else piece._replace(whole=piece.whole[:, :0]))
-        found[-1] = found[-1]._replace(prepared=(), signs=piece.signs[:, :0])
+    """As `reference._other_parts`, without signs; `whole` in float32 for L2 only."""
+    if task.measure == "l2":
+        return _others_l2(task, rows)
+    none = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    index, whole, mass = rows.int(), task.whole.contiguous(), none
+    proximities, signed, absolute = [], none.clone(), none.clone()
+    for part in (task.resid_pre, task.bias, *task.others):
+        if part is None:
+            proximities.append(none)
+            continue
+        proximity, g, mass = part_sums(part, whole, index)
+        proximities.append(proximity)
+        signed += g
+        absolute += g.abs()
+    nothing = whole.new_empty(len(rows), 0)
+    return _Rows(nothing, (), nothing, mass, torch.stack(proximities, -1), signed, absolute)
+
+
+def _others_l2(task: AttentionTask, rows: Tensor) -> _Rows:
+    found = [
+        piece._replace(prepared=(), signs=piece.signs[:, :0])
+        for some in pieces(len(rows), OTHER_ROWS)
+        for piece in [_other_parts(task, rows[some])]
+    ]
     columns = [torch.cat(c) if isinstance(c[0], Tensor) else () for c in zip(*found, strict=True)]
     return _Rows(*columns)  # type: ignore[arg-type]  # zip forgets which column is which
 
@@ -551,23 +568,20 @@ def _chunk(
 
     # Exact values: integers, whose sums do not depend on their order.
     quantum = others.mass / 2.0**40
-    edges_fixed = torch.zeros(count * tokens, dtype=torch.int64, device=device)
-    heads_fixed = torch.zeros(count * heads, dtype=torch.int64, device=device)
+    edges_fixed = torch.zeros(count, tokens, dtype=torch.int64, device=device)
+    heads_fixed = torch.zeros(count, heads, dtype=torch.int64, device=device)
     lost = torch.zeros(count, dtype=torch.float64, device=device)  # NaN where an exact value is
     found: list[Pairs] = []
     chunk = Chunk(task, of, rows, lse, others, along_signs)
+    listed_in_full = (scalars["listed"] * unit).float()
 
-    def deposit(listed: Listed, value: Tensor) -> None:
+    def add(listed: Listed, value: Tensor) -> None:
         out.evaluated += len(value)
-        row, source, head = listed.row.long(), listed.source.long(), listed.head.long()
-        finite = value.isfinite()
-        amount = divide(value.double(), quantum[row]).masked_fill(~finite, 0).round_().long()
-        edges_fixed.index_add_(0, row * tokens + source, amount)
-        heads_fixed.index_add_(0, row * heads + head, amount)
-        lost.index_add_(0, row, torch.where(finite, 0.0, torch.nan).double())
+        deposit(value, listed.row, listed.source, listed.head, quantum, edges_fixed, heads_fixed, lost)
         if task.keep is not None:
-            some = value.double() > (scalars["listed"] * unit)[row]
-            found.append(Pairs(row[some], source[some], head[some], value[some]))
+            (n,) = (value > listed_in_full[listed.row]).nonzero(as_tuple=True)
+            row, source, head = (x[n].long() for x in (listed.row, listed.source, listed.head))
+            found.append(Pairs(row, source, head, value[n]))
 
     per_step = max(LEAST_LISTED, task.workspace // 4 // LISTED_BYTES)
     for some in _head_groups(screened.bits, per_step):
@@ -575,11 +589,11 @@ def _chunk(
         if steps.dense:
             tiles = dense_tiles(bits)
             for t in pieces(len(tiles), max(1, per_step // (32 * DENSE_SOURCES))):
-                deposit(*evaluate_dense(chunk, lse, tiles[t], bits, some.start))
+                add(*evaluate_dense(chunk, lse, tiles[t], bits, some.start))
         listed = steps.lister(bits)
         listed = listed._replace(head=listed.head + some.start)
         if len(listed.row):
-            deposit(listed, steps.evaluate(chunk, listed, *coefficients(chunk, listed)))
+            add(listed, steps.evaluate(chunk, listed, *coefficients(chunk, listed)))
 
     for some in _head_groups(screened.keep_bits, per_step) if task.keep is not None else ():
         listed = steps.lister(screened.keep_bits[some])  # by row, which does not matter here
@@ -590,12 +604,9 @@ def _chunk(
             found.append(Pairs(listed.row.long(), listed.source.long(), listed.head.long(), value))
 
     of_heads = (screened.head_part.sum(0, dtype=torch.float64) * unit).T
-    of_heads += heads_fixed.view(count, heads) * quantum[:, None]
+    of_heads += heads_fixed * quantum[:, None]
     total = fixed + of_heads.sum(-1) + lost
-    for some in pieces(count, OTHER_ROWS):
-        edges = out.edges[rows[some]].double() * unit[some, None]
-        edges += edges_fixed.view(count, tokens)[some] * quantum[some, None]
-        out.edges[rows[some]] = divide(edges, total[some, None]).float()
+    edge_shares(out.edges, edges_fixed, rows.int(), unit, quantum, total)
     out.per_head[rows] = divide(of_heads, total[:, None]).float()
     out.parts[rows] = divide(others.parts, total[:, None]).float()
     out.normaliser[rows] = total.float()
