@@ -334,8 +334,8 @@ SHAPES = {  # heads, d_head, d_model, d_mlp, and parameters per layer
 
 
 # Bytes that L2 hands to all processors in a second, as published measurements have it, and what the kernels
-# without masks ask of it for a pair: q and both terms of W_O r for each block of sources, k and v for each block
-# of destinations and group of heads that shares them.
+# without masks ask of it for a pair: q and both terms of W_O r for each block of sources, k and v for each
+# block of destinations and group of heads that shares them.
 L2_RATE = 5.5e12
 GROUP = {"llama-3-8b": 4, "llama-3-70b": 8}
 TILE_ROWS, TILE_SOURCES = 64, 128
