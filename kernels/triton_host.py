@@ -81,7 +81,7 @@ def tile(width: int, dtype: torch.dtype, chip: int) -> Tile:
     if width > 128 and chip in SMALL_SHARED:
         return Tile(32, 32, 4, 2)
     if chip < 90 or width > 128 or chip in SMALL_SHARED:
-        return Tile(32, 64, 4, 2)
+        return Tile(32, 64, 8 if width == 96 else 4, 2)  # four warps spill at 96 on sm_80
     # 128 sources: q and both terms of W_O r are read again for each tile, and L2 is what bounds that.
     return Tile(64, 64, 4, 2, inside=128)
 
