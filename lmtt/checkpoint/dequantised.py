@@ -50,6 +50,11 @@ def read_dequantised(source: WeightSource, config: Any, dtype: torch.dtype) -> t
         kind = type(transformers.AutoModelForCausalLM.from_config(config))
     weights = {name: _Weight(source, name, dtype) for name in source.tensors}
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     return model, info

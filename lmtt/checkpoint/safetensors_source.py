@@ -109,11 +109,30 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
 
 def _open(folder: Path, name: str) -> WeightFile:
     path = folder / name
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         raise CheckpointError(f"shard {name} is missing", expected="every shard that the index names")
     if not path.is_file():
         raise CheckpointError(f"shard {name} is not a regular file")
+    if not _inside(folder, path):
+        raise CheckpointError(
+            f"shard {name} is a link that leads out of its folder",
+            expected="a file in the model's folder, or in the hub's cache that the folder is part of",
+            remedy="name the folder that the file lies in",
+        )
     return WeightFile(path, direct=True)
+
+
+def _inside(folder: Path, path: Path) -> bool:
+    """Whether a file is where its name says, links followed: a link may lead anywhere on the machine.
+
+    The hub's cache keeps files in `blobs/` and links to them from `snapshots/REVISION/`.
+    """
+    try:
+        home, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return False
+    blobs = home.parent.parent / "blobs"
+    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.is_relative_to(blobs))
 
 
 def _read_index(path: Path) -> dict[str, str]:

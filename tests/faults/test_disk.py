@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from lmtt.cli import main
 from lmtt.run.partial import read_partial
 
 KIB = 1 << 10
+LIMIT = "160MiB"
 pytestmark = pytest.mark.usefixtures("always_streamed", "one_thread")
 
 
@@ -109,6 +111,25 @@ def test_a_file_larger_than_the_process_may_write(tmp_path: Path, trace_command:
     assert "larger" in said or "too large" in said
     again = forked(lambda: main(trace_command(run, "--resume")))
     assert again.code == 0, again.err
+
+
+def test_checkpoint_that_leads_out_of_its_folder(folder: Path, tmp_path: Path, forked: Any) -> None:
+    """By its index or by a link: the same line with a memory limit and without."""
+    for kind in ("index", "link"):
+        copy = tmp_path / kind
+        shutil.copytree(folder, copy)
+        shard = sorted(copy.glob("*.safetensors"))[0]
+        shard.rename(tmp_path / shard.name)
+        if kind == "link":
+            shard.symlink_to(tmp_path / shard.name)
+        else:
+            index = copy / "model.safetensors.index.json"
+            index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+        for more in ((), ("--memory", LIMIT)):
+            words = ["trace", str(copy), "--prompt", "abc", *more]
+            said = one_line(forked(lambda words=words: main(words)))
+            assert "out" in said
+            assert "folder" in said
 
 
 def test_run_behind_links(tmp_path: Path, trace_command: Any, forked: Any) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lmtt
@@ -42,6 +44,13 @@ def outside(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
+def linked(folder: Path) -> None:
+    path = shard(folder)
+    elsewhere = folder.parent / "elsewhere.safetensors"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
 def wrong_shape(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["intermediate_size"] += 8
@@ -62,6 +71,7 @@ def unnamed(folder: Path) -> None:
         (pointer, "git-lfs pointer"),
         (lambda folder: shard(folder).unlink(), "is missing"),
         (outside, "outside its folder"),
+        (linked, "leads out of its folder"),
         (wrong_shape, "contradict the config in shape"),
         (unnamed, "model.layers.0.extra"),
     ],
@@ -73,9 +83,56 @@ def test_named_in_one_line(
     folder = tmp_path / "copy"
     shutil.copytree(checkpoint("llama"), folder)
     damage(folder)
-    with pytest.raises(CheckpointError, match=says) as error:
-        lmtt.load(str(folder), memory="101MiB")
-    assert "\n" not in str(error.value)
+    for options in ({"memory": "101MiB"}, {}):  # streamed, and as transformers reads it
+        with pytest.raises(CheckpointError, match=says) as error:
+            lmtt.load(str(folder), **options)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../model.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", ".", "", "a\\b.safetensors"),
+        *("model.safetensors\0", "sub/model.safetensors", "model.bin", 7, None, ["model.safetensors"]),
+    ],
+)
+def test_index_names_plain_files_only(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: object
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), folder)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        open_safetensors(folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device", "loop"])
+def test_shards_are_regular_files(checkpoint: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint("llama"), folder)
+    path = shard(folder)
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path.name)
+    with pytest.raises(CheckpointError, match=f"shard {path.name} is not a regular file"):
+        open_safetensors(folder)
+
+
+def test_the_hub_s_cache_is_made_of_links(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "models--x" / "snapshots" / "revision", tmp_path / "models--x" / "blobs"
+    shutil.copytree(checkpoint("llama"), folder)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    engine = lmtt.load(str(folder))
+    assert np.isfinite(engine.trace(input_ids=[5, 6]).residual).all()
 
 
 @pytest.mark.usefixtures("always_streamed")
