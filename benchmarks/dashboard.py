@@ -258,7 +258,7 @@ def opened(browser: Browser, address: str) -> tuple[Page, list[int], float]:
     page, sent = browser.new_page(viewport={"width": 1280, "height": 900}), []
     page.on("websocket", lambda socket: socket.on("framesent", lambda payload: sent.append(len(payload))))
     start = time.perf_counter()
-    page.goto(address)
+    page.goto(address, wait_until="commit")  # the document ends long after its graph can be used
     page.wait_for_selector(".rv-canvas")
     page.evaluate(TWO_FRAMES)
     took = time.perf_counter() - start
@@ -283,6 +283,7 @@ def click(page: Page, picked: dict[str, Any], text: str) -> float:
       root.view.options.onPick(picked);
       for (let n = 0; !shown.some((h) => h.textContent.includes(text)); n++) {
         await frame();
+        if (performance.now() - t > 60_000) throw new Error(`no details of ${text}`);
         if (n % 5 === 4 || !shown.some((h) => h.isConnected)) shown = titles();
       }
       await frame();

@@ -79,7 +79,7 @@ class Dashboard:
             title="Options", collapsed=True, elevation=0, outlined=True, margin=(5, 10), **WIDE,
         )  # fmt: skip
         self.button = pmui.Button(label="Trace", color="primary", variant="contained", **WIDE)
-        self.cancel = pmui.Button(label="Cancel", variant="outlined", visible=False, **WIDE)
+        self.cancel = pmui.Button(label="Cancel", variant="outlined", visible=False, sx=_OUTLINED, **WIDE)
         self.progress = pmui.LinearProgress(
             value=0, variant="determinate", visible=False, margin=(0, 10), **WIDE
         )
@@ -206,7 +206,7 @@ class Dashboard:
                 return io.BytesIO(make())
 
             made = pmui.FileDownload(
-                callback=ready, filename=name, label=label, auto=True, embed=False, **WIDE
+                callback=ready, filename=name, label=label, auto=True, embed=False, sx=_OUTLINED, **WIDE
             )
             made.variant = "outlined"  # given above, panel would take it for two settings and warn
             return made
@@ -418,5 +418,6 @@ _TABS = {
     "& .MuiTab-root.Mui-selected": {"color": "var(--text)", "fontWeight": 600},
     "& .MuiTabs-scrollButtons.Mui-disabled": {"display": "none"},
 }
+_OUTLINED = {"color": "var(--text)", "borderColor": "var(--node-line)", "textTransform": "none"}
 _CHOICE = {"& .MuiButtonBase-root": {"textTransform": "none", "whiteSpace": "nowrap", "py": 0.2}}
 _RIGHT = ":host { flex: 1 1 44%; min-width: 380px; height: 100%; overflow-x: hidden; }"

@@ -100,12 +100,12 @@ async def contrast(
     mlps = found.neurons.sum(1, dtype=np.float64)
     L, H = found.per_head.shape
     plot = figures.heat(
-        found.per_head, dark, title="what each head wrote towards it",
+        found.per_head, dark, title="by each head",
         columns=[str(h) for h in range(H)], rows=[str(layer) for layer in range(L)], diverging=True,
         row_height=11,
     )  # fmt: skip
     side = figures.heat(
-        mlps[:, None], dark, title="each MLP", columns=[""], rows=[str(layer) for layer in range(L)],
+        mlps[:, None], dark, title="by each MLP", columns=[""], rows=[str(layer) for layer in range(L)],
         diverging=True, row_height=11,
     )  # fmt: skip
     return [

@@ -289,6 +289,36 @@ def test_files_of_this_machine_can_be_named_on_this_machine_only(server, tmp_pat
         assert (dashboard.path in dashboard.page.select()) == (given is server)
 
 
+def test_no_message_to_a_browser_is_left_lying():
+    """Scheduled while an earlier one was on its way: Panel's own task for it would return at once."""
+    from panel.io import document
+
+    from lmtt.viz import writes
+
+    writes.mend()
+    writes.mend()  # once is enough
+    sent = []
+
+    class Socket:
+        pass
+
+    class Connection:
+        _socket = Socket()
+
+    async def send(doc):
+        document._WRITE_MSGS[doc] = {Connection(): ["late"]}
+        assert doc not in document._WRITE_BLOCK, "the task before took the mark away"
+        await document._dispatch_msgs(doc)
+        return doc in document._WRITE_MSGS or doc in document._WRITE_BLOCK
+
+    document.extra_socket_handlers[Socket] = lambda _connection, msg: sent.append(msg) or []
+    try:
+        assert not finished(send(pn.io.document.Document()))
+    finally:
+        del document.extra_socket_handlers[Socket]
+    assert sent == ["late"]
+
+
 def test_a_run_without_a_model_is_a_sentence(server):
     dashboard = Dashboard(server, "a")
     finished(dashboard.run())
