@@ -8,8 +8,8 @@
 #   make test-oldest     the tests that touch transformers, on the oldest version that we allow
 #   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
 #   make bench-check     fail if attribution became slower than the stored report of this machine says
-#   make bench-streaming streaming a checkpoint, against its peers (3.5 GB of disk, 8 GB of memory, 10 minutes)
-#   make bench-70b       70B's shape through a small memory limit (40 GB of disk, 6 GB of memory, 20 minutes)
+#   make bench-streaming streaming a checkpoint, against its peers (3.5 GB of disk, 8 GB of memory)
+#   make bench-70b       70B's shape through a small memory limit (40 GB of disk, 6 GB of memory)
 #   make clean   remove the environment and everything built
 
 PYTHON ?= python3

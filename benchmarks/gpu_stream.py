@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -29,19 +28,9 @@ CHUNK = 64 << 20
 GIB = 1 << 30
 
 
-def drop(path: Path) -> None:
-    """The file's pages out of the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
 def read_seconds(path: Path) -> float:
     """Reading it from end to end, cold."""
-    drop(path)
+    llama_file.drop(path)
     begin = time.perf_counter()
     with path.open("rb", buffering=0) as file:
         buffer = bytearray(CHUNK)
@@ -73,7 +62,7 @@ def traced(path: Path, device: str, memory: str | None, tokens: int, vocabulary:
     ids = np.concatenate([[0], np.random.default_rng(0).integers(1, vocabulary, tokens - 1)])
     engine = lmtt.load(path, device=device, memory=memory)
     engine.trace(input_ids=ids[:16])
-    drop(path)
+    llama_file.drop(path)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()

@@ -272,6 +272,16 @@ def settle(fd: int) -> None:
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def drop(*paths: Path | str) -> None:
+    """Files out of the page cache, so that reads of them start cold."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            settle(fd)
+        finally:
+            os.close(fd)
+
+
 def write_gguf(path: Path, shape: Shape, kind: str, seed: int = 0) -> None:
     """A GGUF file without a tokenizer: prompts are token ids."""
     import gguf

@@ -33,6 +33,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import llama_file
+
 if TYPE_CHECKING:
     from lmtt.profile.ceilings import Ceilings
     from lmtt.profile.planning import Planned
@@ -149,7 +151,7 @@ def measure(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         profiles, begun = [], time.perf_counter()
         while len(profiles) < TRIES and (not profiles or time.perf_counter() - begun < ENOUGH):
             if not engine.resident:
-                forget(request["files"])
+                llama_file.drop(*request["files"])
             profiles.append(profiled(engine, ceilings, lambda: engine.trace(input_ids=ids)))  # noqa: B023
         layers, last = engine.info.n_layers, profiles[-1]
         before = tokens, last.wall
@@ -166,17 +168,6 @@ def measure(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             ],
             "reading": median(profile.overlap.get("reading_seconds", 0.0) for profile in profiles),
         }  # fmt: skip
-
-
-def forget(files: Sequence[str]) -> None:
-    """Drop a checkpoint from the page cache: a streamed model is one that is not in it."""
-    for file in files:
-        number = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(number)
-            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(number)
 
 
 # --- the fit ----------------------------------------------------------------------------------------------

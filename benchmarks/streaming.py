@@ -85,13 +85,9 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
-def drop(path: Path) -> None:
-    """Take a checkpoint's pages out of the page cache."""
-    for file in files_of(path):
-        fd = os.open(file, os.O_RDONLY)
-        os.fdatasync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+def cool(path: Path) -> None:
+    """Take a checkpoint out of the page cache."""
+    llama_file.drop(*files_of(path))
 
 
 def warm(path: Path) -> None:
@@ -116,7 +112,7 @@ def peers(folder: Path, threads: int) -> Iterator[Record]:
             llama_file.write(path, llama_file.SHAPES["3gb"], "BF16")
         for cache in ("cold", "warm"):
             for what in ("ours", "disk", "plain"):
-                (drop if cache == "cold" else warm)(path)
+                (cool if cache == "cold" else warm)(path)
                 memory = LIMITS[name] if what == "ours" else ""
                 result = child(Figure(what, str(path), TOKENS, threads, memory))
                 record = {"model": name, "cache": cache, "method": what, "memory": memory,
@@ -185,7 +181,7 @@ def large(path: Path, threads: int, memory: str) -> Record:
     shared: dict[str, Any] = {"path": str(path), "tokens": TOKENS, "threads": threads}
     result: Record = {"checkpoint_bytes": nbytes(path), "memory": memory}
     for what in ("rates", "read", "large"):
-        drop(path)
+        cool(path)
         result[what] = child(Figure(what, memory=memory if what == "large" else "", **shared))
         print(f"{what}: {json.dumps(result[what])[:400]}", file=sys.stderr, flush=True)
     return result

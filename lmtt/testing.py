@@ -1,9 +1,14 @@
-"""Comparisons that tests need: none passes for NaN, and each failure names the worst element."""
+"""What tests need: comparisons, none of which a NaN passes, and a count of memory."""
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def assert_within(got: Tensor, want: Tensor, allowed: Tensor | float, what: str = "values") -> None:
@@ -46,3 +51,41 @@ def assert_topk(
     assert_within(value, best, tolerance, f"{what}: value of the rank")
     assert all(len(set(row)) == k for row in index.tolist()), f"{what}: an index is repeated"
     assert bool((value[:, 1:] <= value[:, :-1]).all()), f"{what}: values do not fall"
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch says no types here
+    """Bytes of the storages made while this is active: all that were there at once, and the largest one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = self.largest = 0
+        self.at = ""  # the operation that ended at the peak, and the shapes it gave
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in made:
+            self._watch(tensor, given)
+        if self.now > self.peak:
+            self.peak, self.at = self.now, f"{func} {[tuple(t.shape) for t in made]}"
+        return out
+
+    def _watch(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key == 0 or (key in given and key not in self._users):
+            return  # empty, or a view of something older than this mode
+        if key not in self._users:
+            self._users[key] = 0
+            self.now += size
+            self.largest = max(self.largest, size)
+        self._users[key] += 1
+        weakref.finalize(tensor, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if self._users[key] == 0:
+            del self._users[key]
+            self.now -= size

@@ -3,7 +3,7 @@
 Panel 1.9 writes what cannot be written at once in a task of its own, and marks a document for which such a
 task is on its way. A task that ends takes the mark away, also if another message was added while it waited
 for the socket: the task of that message then finds no mark and returns, and the browser hears of the change
-at the next one only. About one click in a hundred had no answer. So the mark is set again before each task
+at the next one only. Now and then a click had no answer. So the mark is set again before each task
 looks for it.
 """
 

@@ -193,17 +193,17 @@ def _mask(mask: Tensor | None, H: int, T: int) -> dict[str, Any]:
 def _pairs(columns: tuple[bytearray, ...]) -> Pairs:
     """From int64 destinations, sources and heads, and float32 shares."""
     destination, source, head, share = columns
-    return Pairs(_words(destination), _words(source), _words(head), _words(share, torch.float32))
+    return Pairs(_column(destination), _column(source), _column(head), _column(share, torch.float32))
 
 
 def _edges(columns: tuple[bytearray, ...], pairs: int) -> KeptEdges:
     """From int64 destinations and sources, float32 shares, and where each edge's first of all `pairs` is."""
     destination, source, share, first = columns
-    head_ptr = torch.cat([_words(first), torch.tensor([pairs])])
-    return KeptEdges(_words(destination), _words(source), _words(share, torch.float32), head_ptr)
+    head_ptr = torch.cat([_column(first), torch.tensor([pairs])])
+    return KeptEdges(_column(destination), _column(source), _column(share, torch.float32), head_ptr)
 
 
-def _words(array: bytearray, dtype: torch.dtype = torch.int64) -> Tensor:
+def _column(array: bytearray, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.frombuffer(array, dtype=dtype) if array else torch.empty(0, dtype=dtype)  # it refuses none
 
 

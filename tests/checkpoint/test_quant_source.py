@@ -18,6 +18,7 @@ from lmtt.checkpoint import quant_formats
 from lmtt.checkpoint.quant_source import QuantisedSource, open_quantised
 from lmtt.checkpoint.safetensors_source import open_safetensors
 from lmtt.errors import CheckpointError
+from lmtt.testing_quantised import pack_across, pack_down
 
 ROWS, COLUMNS, GROUP = 48, 192, 64  # groups = 3
 STEM = "model.layers.0.self_attn.q_proj"
@@ -37,19 +38,6 @@ def draw(*shape: int, below: int = 0, seed: int = 0) -> Tensor:
     return (
         torch.randint(0, below, shape, generator=g) if below else torch.rand(shape, generator=g) * 0.1 + 0.01
     )
-
-
-def pack_down(numbers: Tensor, bits: int) -> Tensor:
-    """Consecutive rows into the words of one, lowest bits first: [n, m] -> int32 [n bits / 32, m]."""
-    per = 32 // bits
-    words = torch.zeros(numbers.shape[0] // per, numbers.shape[1], dtype=torch.int64)
-    for n in range(per):
-        words |= numbers[n::per].long() << bits * n
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-
-
-def pack_across(numbers: Tensor, bits: int) -> Tensor:
-    return pack_down(numbers.T, bits).T.contiguous()
 
 
 def by_group(x: Tensor, dim: int) -> Tensor:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmtt.kernels.types import Attention, AttentionTask, NeuronTask
+from lmtt.testing import PeakBytes
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
@@ -22,45 +21,6 @@ pytestmark = [
         os.environ.get("TRITON_INTERPRET") == "1", reason="once is enough: no kernel runs here"
     ),
 ]
-
-
-class PeakBytes(TorchDispatchMode):
-    """Largest sum of the storages alive that were made while this is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.at = ""
-        self._users: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor, given)
-        if self.now > self.peak:
-            self.peak, self.at = self.now, f"{func} {[tuple(t.shape) for t in tree_leaves(out)]}"
-        return out
-
-    def _watch(self, tensor, given):
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key == 0 or (key in given and key not in self._users):
-            return  # empty, or a view of something older than this mode
-        if key not in self._users:
-            self._users[key] = 0
-            self.now += size
-        self._users[key] += 1
-        weakref.finalize(tensor, self._release, key, size)
-
-    def _release(self, key, size):
-        self._users[key] -= 1
-        if self._users[key] == 0:
-            del self._users[key]
-            self.now -= size
 
 
 class _Stub:

@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmtt.kernels.neurons.reference import neuron_contributions
 from lmtt.kernels.proximity.reference import attention_contributions
 from lmtt.kernels.unembed_topk.reference import unembed_topk
-
-
-class PeakBytes(TorchDispatchMode):
-    """Largest sum of the storages alive that were made while this is active."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = self.largest = 0
-        self._users: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._watch(tensor, before)
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _watch(self, tensor, inputs):
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key == 0 or (key in inputs and key not in self._users):
-            return  # empty, or a view of something older than this mode
-        if key not in self._users:
-            self._users[key] = 0
-            self.now += size
-            self.largest = max(self.largest, size)
-        self._users[key] += 1
-        weakref.finalize(tensor, self._release, key, size)
-
-    def _release(self, key, size):
-        self._users[key] -= 1
-        if self._users[key] == 0:
-            del self._users[key]
-            self.now -= size
+from lmtt.testing import PeakBytes
 
 
 def bytes_of(*results):
