@@ -14,6 +14,7 @@ import torch
 
 import lmtt
 from lmtt.kernels import registry, stages
+from lmtt.kernels.host_memory import anonymous
 from lmtt.profile import clock as clocks
 from lmtt.profile.clock import PHASES, Clock, Recorder, recording
 from lmtt.profile.memory import Sampler, anonymous_bytes
@@ -224,7 +225,8 @@ def test_memory_is_seen_in_the_phase_that_holds_it() -> None:
     with Sampler(recorder.started) as sampler:
         for phase, size in (("forward", 0), ("lens", 64 << 20), ("graph", 0)):
             begin = time.perf_counter() - recorder.started
-            held = torch.ones(size, dtype=torch.uint8)
+            held = anonymous(size)  # mapped anew: torch may be given memory that the process has already
+            held.fill_(1)
             time.sleep(0.08)
             del held
             spans.append(clocks.Span(phase, None, None, begin, 0.08))
