@@ -187,7 +187,7 @@ class Dashboard:
         self.files = self._downloads()
         columns: dict[str, Any] = {
             "Details": self.details.pane,
-            "Lens": pn.Column(self.lens_shade, self.chosen, self.bodies["Lens"], **WIDE),
+            "Lens": pn.Column(pn.Row(self.lens_shade, self.chosen, **WIDE), self.bodies["Lens"], **WIDE),
             "Contrast": pn.Column(pn.Row(self.target, self.foil, **WIDE), self.bodies["Contrast"], **WIDE),
             "Heads": pn.Column(self.per, self.bodies["Heads"], **WIDE),
             "Output": self.bodies["Output"],

@@ -47,7 +47,7 @@ class Bars:
     def __init__(self, dark: bool, *, title: str, picked: Picked | None = None) -> None:
         theme = theme_of(dark)
         self._source = ColumnDataSource({"y": [], "value": [], "name": []})
-        self.plot = _plot(theme, title, height=90, x=(0, 1), y=(0.6, -0.6))
+        self.plot = blank(theme, title, height=90, x=(0, 1), y=(0.6, -0.6))
         drawn = self.plot.hbar(
             y="y", right="value", left=0, height=0.72, source=self._source,
             fill_color=theme.attention[3], line_color=None,
@@ -92,7 +92,7 @@ class Maps:
         self._quantised = T > QUANTISED
         self._parts: list[tuple[Any, Any, Any]] = []  # figure, its source, its colours
         for ramp in (theme.attention, theme.mlp):
-            plot = _plot(theme, "", height=330, x=x, y=y, tools="pan,wheel_zoom,reset")
+            plot = blank(theme, "", height=330, x=x, y=y, tools="pan,wheel_zoom,reset")
             mapper = LinearColorMapper(_ramp(theme, ramp), low=0, high=255 if self._quantised else 1)
             source = ColumnDataSource({"image": []})
             image = plot.image(
@@ -137,16 +137,15 @@ def heat(
     title: str,
     columns: Sequence[str],
     rows: Sequence[str],
-    words: Sequence[Sequence[str]] | None = None,
     extra: dict[str, list[str]] | None = None,
     diverging: bool = False,
     ramp: str = "attention",
     high: float | None = None,
     picked: Callable[[int, int], None] | None = None,
     row_height: int = 17,
-    least_width: int = 0,
+    wide: bool = False,
 ) -> Any:
-    """A grid of cells, row 0 at the bottom, with words in them if they fit; a click gives (row, column)."""
+    """A grid of cells, row 0 at the bottom; a click gives (row, column). `wide`: no scale at the right."""
     theme = theme_of(dark)
     n, m = values.shape
     flat = np.nan_to_num(np.asarray(values, np.float64)).ravel()
@@ -166,30 +165,19 @@ def heat(
         data[name] = texts
         tips.append((name, f"@{{{name}}}"))
     source = ColumnDataSource(data)
-    plot = _plot(
+    plot = blank(
         theme, title, height=int(110 + row_height * n), x=(-0.5, m - 0.5), y=(-0.5, n - 0.5), tools="save"
     )
-    if least_width:
-        plot.min_width = least_width
     cells = plot.rect(
         x="column", y="row", width=0.97, height=0.95, source=source, line_color=None,
-        fill_color={"field": "value", "transform": mapper},
+        fill_color={"field": "value", "transform": mapper}, name="cells",
     )  # fmt: skip
     cells.nonselection_glyph = cells.glyph
     cells.selection_glyph = cells.glyph.clone(line_color=theme.target, line_width=2)
     plot.add_tools(HoverTool(renderers=[cells], tooltips=tips))
-    if words is not None:
-        flat_words = [word for line in words for word in line]
-        strong = np.abs(flat) > 0.55 * top
-        ink = np.where(strong, theme.card, theme.text)
-        inked = ColumnDataSource({"x": column, "y": row, "word": flat_words, "ink": ink})
-        plot.text(
-            x="x", y="y", text="word", source=inked, text_color="ink", text_align="center",
-            text_baseline="middle", text_font_size="10px", text_font={"value": MONO},
-        )  # fmt: skip
     _labels(plot.xaxis[0], columns, slanted=max(map(len, columns)) > UPRIGHT)
     _labels(plot.yaxis[0], rows, policy=True)
-    plot.add_layout(_colour_bar(theme, mapper), "right")
+    plot.add_layout(_colour_bar(theme, mapper, level=wide), "above" if wide else "right")
     if picked is not None:
         plot.add_tools(TapTool(renderers=[cells]))
         _on_pick(source, lambda index: picked(int(index) // m, int(index) % m))
@@ -199,7 +187,8 @@ def heat(
 # --- pieces ---
 
 
-def _plot(theme: Theme, title: str, *, height: int, x: Any, y: Any, tools: str = "") -> Any:
+def blank(theme: Theme, title: str, *, height: int, x: Any, y: Any, tools: str = "") -> Any:
+    """A figure without anything in it."""
     plot = figure(
         title=title,
         height=height, sizing_mode="stretch_width", x_range=_range(x), y_range=_range(y), tools=tools,
@@ -261,9 +250,10 @@ def _ramp(theme: Theme, ramp: Sequence[str]) -> list[str]:
     return list(interp_palette([theme.card, *ramp], 256))
 
 
-def _colour_bar(theme: Theme, mapper: Any) -> Any:
+def _colour_bar(theme: Theme, mapper: Any, *, level: bool = False) -> Any:
+    size: dict[str, Any] = {"height": 6, "orientation": "horizontal"} if level else {"width": 8}
     return ColorBar(
-        color_mapper=mapper, width=8, label_standoff=4, background_fill_color=None, padding=2,
+        color_mapper=mapper, **size, label_standoff=4, background_fill_color=None, padding=2,
         border_line_color=None, bar_line_color=None, major_tick_line_color=None,
         major_label_text_color=theme.muted, major_label_text_font_size="10px",
     )  # fmt: skip

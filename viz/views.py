@@ -13,17 +13,17 @@ import panel as pn
 from lmtt.graph.summary import not_taken_apart
 from lmtt.graph.text import token_label, visible
 from lmtt.trace import Trace
-from lmtt.viz import figures, tables
+from lmtt.viz import cells, figures, tables
 from lmtt.viz.edge_view import NO_MODEL
 from lmtt.viz.panes import WIDE, Ask, bokeh
 
 if TYPE_CHECKING:
     from lmtt.generate import Generation
 
-LENS_POSITIONS = 40  # columns of the lens; of a longer prompt those before the start
+LENS_POSITIONS = 64  # columns of the lens; of a longer prompt those before the start
 LENS_ROWS = 40
-WORD, CELL = 6, 42  # characters of a token in a cell of the lens, pixels of a cell
-LENS_STEP = 4  # layers to a question, so that others are answered in between
+LENS_WORD = 12  # characters of a token that a wide cell of the lens may show
+LENS_STEP = 2  # layers to a question, so that others are answered in between
 PARTS = 14
 Html = Callable[[str], Any]
 Pick = Callable[[dict[str, Any]], None]
@@ -58,7 +58,7 @@ async def lens(
     choices = {
         "top token": (p, "top token after each layer, shaded by its probability", 1.0, "attention"),
         "entropy": (columns["entropy"], "top token, shaded by entropy (nats)", None, "mlp"),
-        "rank": (1 / (1 + rank), f"1 / rank of {label}: dark where it comes first", 1.0, "attention"),
+        "rank": (1 / (1 + rank), f"1 / rank of {label}: strongest where it comes first", 1.0, "attention"),
     }
     shade, title, high, ramp = choices[shown]
     extra = {
@@ -71,15 +71,14 @@ async def lens(
     }
     plot = figures.heat(
         shade, dark, title=title, columns=[token_label(trace.tokens[p], 12) for p in positions],
-        rows=[f"{layer}" for layer in layers], extra=extra, high=high, ramp=ramp, row_height=18,
-        words=[[token_label(w, WORD) for w in row] for row in words], least_width=80 + CELL * len(positions),
+        rows=[f"{layer}" for layer in layers], extra=extra, high=high, ramp=ramp, wide=True,
         picked=lambda r, c: pick(
             {"kind": "node", "layer": layers[r], "site": "post", "position": positions[c]}
         ),
     )  # fmt: skip
+    shown_words = cells.worded(plot, [[token_label(w, LENS_WORD) for w in row] for row in words], dark)
     left_out = f" Positions {positions[0]} to {positions[-1]} of {T}." if len(positions) < T else ""
-    scrolled = pn.Row(bokeh(plot), scroll="x-auto", **WIDE)  # as wide as its words need
-    return [scrolled, html(tables.sentence(f"Click a cell for its whole list.{left_out}"))]
+    return [html(tables.sentence(f"Click a cell for its whole list.{left_out}")), bokeh(shown_words)]
 
 
 async def contrast(

@@ -334,15 +334,16 @@ def test_only_the_strongest_are_drawn_and_said_so(watched, tmp_path):
     assert page.evaluate(connected)
 
 
-def test_the_modules_tests_pass_under_node():
+@pytest.mark.parametrize(("module", "tests"), [("route", 6), ("cells", 3)])
+def test_the_modules_tests_pass_under_node(module, tests):
     node = shutil.which("node")
     if node is None:
-        pytest.skip("node is not installed; the same functions run in Chromium above")
+        pytest.skip("node is not installed; the same functions run in Chromium in other tests")
     done = subprocess.run(
-        [node, "--test", str(Path(__file__).with_name("route.test.mjs"))],
+        [node, "--test", str(Path(__file__).with_name(f"{module}.test.mjs"))],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert "pass 6" in done.stdout
+    assert f"pass {tests}" in done.stdout
