@@ -130,6 +130,16 @@ def _trace_parser(commands: Any) -> None:
         "--memory", metavar="8GiB", help="stay within this, streaming the weights if they do not fit"
     )
     parser.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="instead of a device: auto, balanced, sequential or JSON {module: device}",
+    )
+    parser.add_argument(
+        "--offload-folder",
+        metavar="DIR",
+        help='for weights that the map puts on "disk", where they are stored anew',
+    )
+    parser.add_argument(
         "--keep", choices=("full", "light"), default="full", help="light leaves the residual stream out"
     )
     parser.add_argument(
@@ -271,6 +281,8 @@ def _trace(options: argparse.Namespace) -> None:
             allow_nonfinite=options.allow_nonfinite,
             opaque=options.opaque,
             memory=options.memory,
+            device_map=options.device_map,
+            offload_folder=options.offload_folder,
         )
         common: dict[str, Any] = {
             "chat": prompt if isinstance(prompt, list) else None,

@@ -25,6 +25,15 @@ from torch import Tensor, nn
 
 from lmtt import __version__
 from lmtt.checkpoint.load import Loaded, fingerprint_weights, parse_device, parse_dtype, resolve
+from lmtt.checkpoint.load import load as load_all
+from lmtt.checkpoint.placed import (
+    DeviceMap,
+    is_placed,
+    main_device,
+    named_weights,
+    parse_device_map,
+    run_device,
+)
 from lmtt.contributions import Block, Settings, as_block, attention_task, layer_shares, neuron_task
 from lmtt.errors import BackendError, CheckpointError, InputError, StructureError
 from lmtt.kernels import registry, stages
@@ -47,6 +56,7 @@ from lmtt.run.writer import RunWriter
 from lmtt.spans import PromptText, Turn, chat_turns, from_decoding, from_offsets
 from lmtt.streaming.load import read_within
 from lmtt.streaming.meter import Meter
+from lmtt.streaming.placed import PlacedWeights
 from lmtt.streaming.plan import PREDICTION_WORKSPACE, parse_bytes
 from lmtt.streaming.weights import LayerWeights, ResidentWeights
 from lmtt.streaming.weights import Turn as LayerTurn
@@ -54,7 +64,7 @@ from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.opaque import admit, whole_sublayers
-from lmtt.structure.replay import LayerCalls, dry_run, final, find_layers, finish
+from lmtt.structure.replay import LayerCall, LayerCalls, dry_run, final, find_layers, finish
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, LayerStructure, MlpWrite
 from lmtt.structure.verify import Closure, check_closure
 from lmtt.trace import ExactRows, Neuron, Part, Site, Token, TokenList, TokenLogit, TokenScore, Trace
@@ -134,7 +144,8 @@ class Engine:
         self._calls: OrderedDict[bytes, LayerCalls] = OrderedDict()
         self.info = _info(loaded, self._layers)
         if weights is None:
-            weights = ResidentWeights(Meter(torch.device(self.info.device)))
+            meter = Meter(torch.device(self.info.device))
+            weights = PlacedWeights(meter, self.model) if is_placed(self.model) else ResidentWeights(meter)
         self._weights: LayerWeights = weights
 
     def __repr__(self) -> str:
@@ -268,6 +279,8 @@ class Engine:
     ) -> Generation:
         """Let the model go on, and attribute every token it generates to prompt and earlier output.
 
+        Where the model is streamed, each token it generates reads all of the layers once more.
+
         Parameters
         ----------
         prompt, input_ids, chat, add_special_tokens : as for `trace`, one prompt.
@@ -280,11 +293,6 @@ class Engine:
         """
         from lmtt.generate import Generation, Sampling, generate_ids
 
-        if not self._weights.resident:
-            raise InputError(
-                f"{self.info.name} is streamed and would be read once for each token it generates",
-                remedy="allow more memory, or trace the text that it generated elsewhere",
-            )
         settings = _settings(floor, screen, measure, neurons, self._backend)
         if keep not in ("full", "light"):
             raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
@@ -298,7 +306,8 @@ class Engine:
                 expected=f"at most {limit} tokens",
                 got=f"{P} + {max_new_tokens}",
             )
-        new = generate_ids(self.model, asked.input_ids, how)
+        with self._weights.generating(P + max_new_tokens):
+            new = generate_ids(self.model, asked.input_ids, how)
         whole = self._prompt(torch.cat([asked.input_ids[0].cpu(), torch.tensor(new)]), None)
         if asked.text is not None and whole.text is not None:
             whole = replace(whole, text=replace(whole.text, turns=asked.text.turns))
@@ -336,7 +345,7 @@ class Engine:
             if job.targets and first == 0:  # layers that are stored already are not run again
                 for run in runs:
                     last = len(run.prompt.tokens) - 1
-                    run.logits = LogitAttribution(self._find_head(), job.targets, last, run.hidden[0])
+                    run.logits = self._logits(job.targets, last, run.hidden[0])
             planned = planned_cost(
                 self.model, self._weights, lengths, full=job.full, first=not self._proved,
                 stored=any(writer is not None for writer in writers),
@@ -367,9 +376,9 @@ class Engine:
         """One prompt, `number` of those that go together, through one layer, which has its weights."""
         layer, given, log = self._layers[index], run.hidden, Log()
         clock.begin("discovery", index, number)
-        structure = self._structure(index, layer, given, run.calls)
+        given, call = self._given(index, given, run.calls)
+        structure = self._structure(index, layer, given, call)
         clock.begin("forward", index, number)
-        call = run.calls.calls[index]
         run.hidden, captured = capture_layer(layer, structure, index, given, call.args, call.kwargs)
         log.whole += whole_sublayers(captured)
         clock.begin("closure", index, number)
@@ -466,10 +475,12 @@ class Engine:
         head = self._find_head()
         states = final(self.model, ids, hidden, calls)[0]
         k = min(KEPT_PREDICTIONS, head.weight.shape[0])
-        options: dict[str, Any] = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
-        top, choice = registry.run(
-            "unembed_topk", states, head.rows, k, workspace=PREDICTION_WORKSPACE, **options
-        )
+        with self._weights.unembedding():
+            options: dict[str, Any] = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
+            states = states.to(head.rows.device)
+            top, choice = registry.run(
+                "unembed_topk", states, head.rows, k, workspace=PREDICTION_WORKSPACE, **options
+            )
         return Predictions(
             top.indices.cpu().numpy().astype(np.int32),
             top.values.cpu().numpy().astype(np.float32),
@@ -625,8 +636,7 @@ class Engine:
     # --- what every part of the loop needs of the model ---
 
     def _device(self) -> torch.device:
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return run_device(self.model.get_input_embeddings())
 
     def _dry_run(self, ids: Tensor) -> LayerCalls:
         key = ids.cpu().numpy().tobytes()
@@ -636,14 +646,19 @@ class Engine:
                 self._calls.popitem(last=False)
         return self._calls[key]
 
-    def _structure(self, index: int, layer: nn.Module, hidden: Tensor, calls: LayerCalls) -> LayerStructure:
+    def _given(self, index: int, hidden: Tensor, calls: LayerCalls) -> tuple[Tensor, LayerCall]:
+        """What a layer is given in its turn, where it runs."""
+        call = calls.calls[index]
+        hidden, args, kwargs = self._weights.brought(index, (hidden, call.args, call.kwargs))
+        return hidden, LayerCall(args, kwargs)
+
+    def _structure(self, index: int, layer: nn.Module, hidden: Tensor, call: LayerCall) -> LayerStructure:
         """Layers made of the same modules are discovered once; closure is checked for every one."""
         key = tuple(
             (name, type(module), tuple(tuple(p.shape) for p in module.parameters(recurse=False)))
             for name, module in layer.named_modules()
         )
         if key not in self._structures:
-            call = calls.calls[index]
             given = (hidden, call.args, call.kwargs)
             found = discover_layer(layer, *given, index=index, opaque=self._opaque)
             self._structures[key] = admit(layer, found, index, *given) if self._opaque else found
@@ -665,13 +680,18 @@ class Engine:
             turn = stack.enter_context(reading)
             for index, layer in enumerate(self._layers):
                 with turn(index):
-                    structure = self._structure(index, layer, hidden, calls)
-                    call = calls.calls[index]
+                    hidden, call = self._given(index, hidden, calls)
+                    structure = self._structure(index, layer, hidden, call)
                     hidden, captured = capture_layer(layer, structure, index, hidden, call.args, call.kwargs)
                     if look is not None:
                         look(structure, captured)
                     result.append(ProvedLayer(structure, check_closure(captured, full=True)))
         return result
+
+    def _logits(self, targets: Sequence[int], position: int, embedded: Tensor) -> LogitAttribution:
+        head = self._find_head()
+        with self._weights.unembedding():
+            return LogitAttribution(head, targets, position, embedded)
 
     def _find_head(self) -> Head:
         if self._head is None:
@@ -716,9 +736,8 @@ class Engine:
         ids = torch.as_tensor(data.input_ids)[None].to(self._device())
         with watching(self.model), torch.no_grad(), turn(layer):
             calls = self._dry_run(ids)
-            hidden = self._state(data, layer)[None]
-            structure = self._structure(layer, self._layers[layer], hidden, calls)
-            call = calls.calls[layer]
+            hidden, call = self._given(layer, self._state(data, layer)[None], calls)
+            structure = self._structure(layer, self._layers[layer], hidden, call)
             _, captured = capture_layer(self._layers[layer], structure, layer, hidden, call.args, call.kwargs)
         return captured
 
@@ -852,10 +871,11 @@ class Engine:
         """See `Trace.promoted`."""
         update = self._update(data, layer, position, part)[None]
         head = self._find_head()
-        if frozen:
-            scores = head.frozen(self._state(data, len(self._layers))[position]).scores(update)[0]
-        else:
-            scores = raw_scores(head, update)[0]
+        with self._weights.unembedding():
+            if frozen:
+                scores = head.frozen(self._state(data, len(self._layers))[position]).scores(update)[0]
+            else:
+                scores = raw_scores(head, update)[0]
         if not 1 <= k <= len(scores):
             raise InputError("k is out of range", expected=f"1 to {len(scores)} tokens", got=k)
 
@@ -872,7 +892,7 @@ class Engine:
         self, data: TraceData, targets: Sequence[int], position: int
     ) -> dict[int, LogitContributions]:
         """See `Trace.logit_contributions`: by target, from one more pass over the layers."""
-        logits = LogitAttribution(self._find_head(), targets, position, self._state(data, 0))
+        logits = self._logits(targets, position, self._state(data, 0))
         count = len(self._layers)
         with self._weights.reading(range(count), [len(data.tokens)], full=False) as turn:
             for layer in range(count):
@@ -904,7 +924,9 @@ class Engine:
         attention = self._attention(data, layer)[1].attention
         pattern = attention_pattern(attention, head=head, destinations=[position]).flatten()
         if source:
-            pattern = torch.zeros_like(pattern).index_copy(0, torch.tensor(source), pattern[source])
+            pattern = torch.zeros_like(pattern).index_copy(
+                0, torch.tensor(source, device=pattern.device), pattern[source]
+            )
         z = pattern.to(attention.v.dtype) @ attention.v[head // (attention.heads // attention.v.shape[0])]
         if attention.gate is not None:
             z = z * attention.gate[position, head]
@@ -937,6 +959,8 @@ def load(
     allow_nonfinite: bool = False,
     opaque: bool = False,
     memory: str | int | None = None,
+    device_map: DeviceMap | None = None,
+    offload_folder: Out | None = None,
 ) -> Engine:
     """Load a model to be traced.
 
@@ -952,6 +976,10 @@ def load(
     memory : a limit on what loading and tracing take, as "8GiB": on the CPU resident memory beyond what the
         process has now, on CUDA what torch allocates. A model that does not fit is streamed from its
         checkpoint, a layer at a time, with the same results. None: what the machine has.
+    device_map : instead of `device` and `memory`, where transformers is to put each module: "auto",
+        "balanced", "sequential" or {module: device}, "disk" among the devices. Layers run where they are. A
+        loaded model that was placed so is traced as it is.
+    offload_folder : for weights on "disk" that transformers cannot use as the checkpoint has them.
 
     Raises
     ------
@@ -960,7 +988,16 @@ def load(
     """
     check_backend(backend)
     limit = None if memory is None else parse_bytes(memory)
+    if device_map is not None:
+        for name, given in (("memory", limit), ("device", None if device == "auto" else device)):
+            if given is not None:
+                raise InputError(f"device_map excludes {name}", expected="one of them", got="both")
+        placing = parse_device_map(device_map)
+    elif offload_folder is not None:
+        raise InputError("offload_folder is of no use without device_map")
     if isinstance(model, nn.Module):
+        if device_map is not None:
+            raise InputError("a loaded model stays where it is", remedy="name its checkpoint instead")
         if limit is not None:
             raise InputError("a loaded model is in memory already", remedy="name its checkpoint instead")
         loaded_already: Any = model
@@ -968,17 +1005,25 @@ def load(
             "name": _name_of(model),
             "kind": "object",
             "type": loaded_already.config.model_type,
-            "checkpoint": fingerprint_weights(model),
+            "checkpoint": fingerprint_weights(named_weights(model)),
         }
         return Engine(Loaded(model, tokenizer, facts["name"], facts), backend, opaque)
-    where = parse_device(device)
+    where = parse_device(device) if device_map is None else main_device(placing)
     kind = parse_dtype(dtype, where)
     meter = Meter(where, limit)
+    weights: LayerWeights
     with meter.loading():
         source = resolve(model)
-        loaded, weights = read_within(
-            meter, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite
-        )
+        if device_map is None:
+            loaded, weights = read_within(
+                meter, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite
+            )
+        else:
+            loaded = load_all(
+                source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite,
+                device_map=placing, offload_folder=None if offload_folder is None else str(offload_folder),
+            )  # fmt: skip
+            weights = PlacedWeights(meter, loaded.model, check=not allow_nonfinite)
         meter.loaded(weights.held)
     if tokenizer is not None:
         loaded = Loaded(loaded.model, tokenizer, loaded.name, loaded.facts)
@@ -1093,7 +1138,7 @@ def _info(loaded: Loaded, layers: nn.ModuleList) -> Info:
         d_vocab=int(getattr(module, "num_embeddings", None) or embedding.shape[0]),
         max_positions=getattr(config, "max_position_embeddings", None),
         dtype=str(embedding.dtype).removeprefix("torch."),
-        device=str(embedding.device),
+        device=str(run_device(module)),
     )
 
 

@@ -13,12 +13,13 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lmtt.checkpoint.dequantised import read_dequantised
 from lmtt.checkpoint.gguf import read_header
@@ -144,22 +145,36 @@ def load(
     device: torch.device,
     dtype: torch.dtype | Literal["auto"],
     allow_nonfinite: bool = False,
+    device_map: str | dict[str, str] | None = None,
+    offload_folder: str | None = None,
 ) -> Loaded:
     """Read a model and its tokenizer.
+
+    device_map : in the place of `device`, where transformers is to put each module; `offload_folder` is for
+        weights on "disk" that it has to store anew. Those are not looked at yet for NaN.
 
     Raises
     ------
     CheckpointError
         Not a causal language model, weights missing, of other shapes than the config says, or not finite.
+    InputError
+        This checkpoint cannot be placed by a device map.
     """
     with quiet_transformers(), fast_reader():
         config = None if source.gguf is not None else read_config(source)
+        if is_dequantised(config) and device_map is not None:
+            raise InputError(
+                f"{source.name} is quantised, and dequantised here: no device map can place it",
+                remedy="name a limit with memory= instead; it is then read layer by layer",
+            )
         if is_dequantised(config):
             model = _read_quantised(source, config, stored_dtype(config) if dtype == "auto" else dtype)
         else:
-            model = _read_model(source, dtype)
+            model = _read_model(source, dtype, device_map, offload_folder)
         tokenizer = read_tokenizer(source)
-    model = model.to(device).eval().requires_grad_(False)
+    if device_map is None:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     if not allow_nonfinite:
         refuse_nonfinite(model)
     return Loaded(model, tokenizer, source.name, facts_of(source, config or model.config))
@@ -222,7 +237,12 @@ def _read_quantised(source: Source, config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
+def _read_model(
+    source: Source,
+    dtype: torch.dtype | Literal["auto"],
+    device_map: str | dict[str, str] | None,
+    offload_folder: str | None,
+) -> Any:
     import transformers
 
     # Shapes that do not fit are refused by `_refuse_gaps`, which names one; transformers' own error does not.
@@ -231,6 +251,8 @@ def _read_model(source: Source, dtype: torch.dtype | Literal["auto"]) -> Any:
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
     }
+    if device_map is not None:
+        options |= {"device_map": device_map, "offload_folder": offload_folder}
     if source.gguf is not None:
         header = read_header(Path(source.folder) / source.gguf)
         if "general.architecture" not in header.fields:
@@ -282,9 +304,12 @@ def read_tokenizer(source: Source) -> Any:
         return None
 
 
-def refuse_nonfinite(model: Any) -> None:
-    """Raise `CheckpointError` naming the first parameter that holds NaN or infinity; none on meta does."""
-    for name, parameter in model.named_parameters():
+def refuse_nonfinite(model: Any, path: str = "") -> None:
+    """Raise `CheckpointError` naming the first parameter that holds NaN or infinity; none on meta does.
+
+    path : of `model`, where it is a part of a larger one.
+    """
+    for name, parameter in model.named_parameters(prefix=path):
         if parameter.is_meta:
             continue
         # One pass of additions finds any NaN; a second look settles a finite sum that overflowed.
@@ -311,13 +336,13 @@ def first_sentence(error: BaseException) -> str:
     return text if len(text) <= 240 else text[:237] + "..."
 
 
-def fingerprint_weights(model: torch.nn.Module) -> str:
-    """blake2b of both ends of every parameter: identifies a model in memory without reading it all."""
+def fingerprint_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """blake2b of both ends of every parameter by name: identifies a loaded model without reading it all."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
+    for name, weight in weights:
+        flat = weight.detach().flatten()
         ends = torch.cat([flat[:SAMPLED], flat[-SAMPLED:]]).cpu().contiguous()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + ends.view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + ends.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmtt.checkpoint.placed import run_device
 from lmtt.errors import StructureError
 from lmtt.structure.modules import LinearisedNorm, is_linear, linearise_norm
 
@@ -94,6 +95,7 @@ class Head:
         x = state[None]
         with torch.no_grad():
             y = self.norm(x[None])[0]
+        x = x.to(y.device)
         norm = linearise_norm(self.norm, x, y, "the final norm")
         return FrozenHead(self, norm, norm.row[0])
 
@@ -109,7 +111,7 @@ class FrozenHead:
     @torch.no_grad()
     def scores(self, updates: Tensor) -> Tensor:
         """[N, D] updates of the stream -> [N, V], what each adds to every logit."""
-        x = updates if self.norm is None else self.norm.fold(updates) * self.row
+        x = updates if self.norm is None else self.norm.fold(updates.to(self.norm.gain.device)) * self.row
         return self.head.logit_scale * raw_scores(self.head, x)
 
     @torch.no_grad()
@@ -130,8 +132,8 @@ class FrozenHead:
         shift = torch.zeros_like(constant)
         if self.norm is not None:
             if self.norm.shift is not None:
-                shift = w @ self.norm.shift.to(wide)
-            w = w * self.norm.gain.to(wide)
+                shift = w @ self.norm.shift.to(w.device, wide)
+            w = w * self.norm.gain.to(w.device, wide)
             if self.norm.centred:
                 # <fold(x), w> with fold's centring moved over to the other side, where it is done once.
                 w = w - w.mean(-1, keepdim=True)
@@ -165,7 +167,7 @@ def raw_scores(head: Head, updates: Tensor) -> Tensor:
     if head.rows is not head.weight:
         scores: Tensor = head.unembed.product(x)  # type: ignore[operator] # a TiledUnembedding
         return scores
-    plain: Tensor = x @ head.weight.to(x.dtype).T
+    plain: Tensor = x.to(head.weight.device) @ head.weight.to(x.dtype).T
     return plain
 
 
@@ -196,11 +198,12 @@ def find_head(model: Any, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
 
 
 def _find_head(model: Any, unembed: nn.Module, replay: Callable[[Tensor, Tensor], Tensor]) -> Head:
-    embedding = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    device = run_device(embedding)
     generator = torch.Generator().manual_seed(0)
     width = _width(model)
-    states = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(embedding.device, embedding.dtype)
-    ids = torch.arange(PROBE_TOKENS, device=embedding.device)[None]
+    states = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device, embedding.weight.dtype)
+    ids = torch.arange(PROBE_TOKENS, device=device)[None]
 
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
@@ -281,7 +284,7 @@ def _ratio(a: Tensor, b: Tensor) -> float | None:
     """The number by which a, times it, is b; None if there is none."""
     if a.shape[-1] != b.shape[-1] or a.numel() != b.numel():
         return None
-    x, y = a.flatten().double(), b.flatten().double()
+    x, y = a.flatten().double(), b.to(a.device).flatten().double()
     energy = float(x.square().sum())
     ratio = float((x * y).sum()) / energy if energy > 0 else 0.0
     rounding = 4 * torch.finfo(b.dtype).eps * float(y.abs().max())
@@ -289,14 +292,14 @@ def _ratio(a: Tensor, b: Tensor) -> float | None:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return (
-        a.shape[-1] == b.shape[-1] and a.numel() == b.numel() and bool(torch.equal(a.flatten(), b.flatten()))
-    )
+    if a.shape[-1] != b.shape[-1] or a.numel() != b.numel():
+        return False
+    return torch.equal(a.flatten(), b.to(a.device).flatten())
 
 
 def _after(raw: Tensor, logits: Tensor, cap: float | None) -> tuple[float, float | None]:
     """(logit scale, softcap) between the unembedding's output and the logits."""
-    raw, logits = raw.double(), logits.double()
+    raw, logits = raw.double(), logits.to(raw.device).double()
     inner = logits if cap is None else cap * torch.atanh((logits / cap).clamp(-1 + 1e-9, 1 - 1e-9))
     scale = float((raw * inner).sum() / raw.square().sum())
     # A scale of one is a scale of one: rounding must not leave its mark on every logit.
@@ -312,7 +315,7 @@ def _finish(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 def _verify(head: Head, states: Tensor, logits: Tensor, name: str) -> None:
     got = head.logits(states.flip(0)).flip(0)  # out of order: a head that looks at positions is found out
-    want = logits.to(got.dtype)
+    want = logits.to(got)
     bound = (AGREEMENT if logits.dtype.itemsize >= 4 else 1e-2) * float(want.abs().max())
     error = float((got - want).abs().max())
     if not error <= bound:

@@ -277,7 +277,7 @@ class LogitAttribution:
 
     def _along(self, update: Tensor) -> Values:
         """<update, r> of an update [D] at the position, [n]."""
-        values: Values = (self._directions.r @ update.double()).cpu().numpy()
+        values: Values = (self._directions.r @ update.to(self._r.device).double()).cpu().numpy()
         return values
 
     def _constant(self, bias: Tensor | None) -> Values:
@@ -289,10 +289,11 @@ class LogitAttribution:
     def _pairs(self, attention: Attention) -> Tensor:
         """[n, H, T]: A[h, i, j] * <v[j] * gate[i, h], row_scale[i] * W_O[h] r> at the one destination i."""
         i, n = self._position, len(self._targets)
-        rows = torch.full((n,), i, device=self._r.device)
+        r = self._r.to(attention.v.device)
+        rows = torch.full((n,), i, device=r.device)
         block = Block(rows, 0, attention.q.shape[1], ((0, attention.heads),))
         with ieee_matmul():
-            vectors = project(attention, self._r, block, 0, attention.heads)
+            vectors = project(attention, r, block, 0, attention.heads)
             values = against(vectors, attention.v, 0, attention.group)  # [H, n, T]
             values *= attention_pattern(attention, destinations=[i])
         return values.transpose(0, 1)
@@ -301,7 +302,7 @@ class LogitAttribution:
         """[n, F]: row_scale[i] * act[i] * <w_down, r>."""
         i = self._position
         with ieee_matmul():
-            along = (mlp.w_down.to(self._dtype) @ self._r.T).T
+            along = (mlp.w_down.to(self._dtype) @ self._r.to(mlp.w_down.device).T).T
         values = mlp.act[i].to(self._dtype) * along
         return values if mlp.row_scale is None else values * mlp.row_scale[i]
 

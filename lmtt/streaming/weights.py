@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from lmtt.checkpoint.load import quiet_transformers, refuse_nonfinite
 from lmtt.checkpoint.source import WeightSource
-from lmtt.errors import CheckpointError, StructureError
+from lmtt.errors import CheckpointError, InputError, StructureError
 from lmtt.kernels.host_memory import anonymous, reusing
 from lmtt.streaming.assign import Unit, assign, convert
 from lmtt.streaming.experts import Lender, split
+from lmtt.streaming.generating import forwards
 from lmtt.streaming.meter import Meter
-from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, make_plan
+from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, in_words, make_plan
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
 
@@ -41,7 +42,7 @@ class Traffic:
 class LayerWeights(Protocol):
     """Where the weights are."""
 
-    resident: bool  # the model's own forward can be run
+    resident: bool  # all are in memory all along
     traffic: Traffic
     meter: Meter
 
@@ -61,8 +62,23 @@ class LayerWeights(Protocol):
     def workspace(self, tokens: Sequence[int], *, full: bool = True) -> int:
         """Bytes that the kernels may use in such a pass. InputError if the pass does not fit."""
 
+    def brought(self, layer: int, value: Any) -> Any:
+        """What a layer is given, where it runs: tensors, also in tuples, lists and dicts."""
+        return value
 
-class ResidentWeights:
+    def unembedding(self) -> AbstractContextManager[None]:
+        """Within, the model's unembedding has its weight, or `rows` that give it."""
+        return nullcontext()
+
+    def generating(self, tokens: int) -> AbstractContextManager[None]:
+        """Within, the model's own forward runs, on up to so many tokens in all, and may keep a cache of them.
+
+        InputError, before anything is read, if that does not fit the memory limit.
+        """
+        return nullcontext()
+
+
+class ResidentWeights(LayerWeights):
     """All layers have their weights all the time. A limit, if any, is for what comes on top of them."""
 
     resident = True
@@ -102,7 +118,7 @@ class ResidentWeights:
         return make_plan(*self._known, tokens, full=full, must_stay=True).workspace
 
 
-class StreamedWeights:
+class StreamedWeights(LayerWeights):
     """Layers get their weights from a checkpoint when their turn comes, and lose them after it.
 
     The model is on the meta device but for what lies outside the layers. One pass at a time.
@@ -249,6 +265,25 @@ class StreamedWeights:
     def close(self) -> None:
         """Give the files back."""
         self._source.close()
+
+    @contextmanager
+    def generating(self, tokens: int) -> Iterator[None]:
+        plan, s = self.plan([tokens]), self.shapes
+        cache = 2 * s.layers * tokens * s.kv_heads * s.d_head * s.itemsize  # keys and values
+        # It is there in the place of the results.
+        needed = plan.bytes.total + max(0, cache - plan.bytes.results)
+        if needed > self._limit:
+            raise InputError(
+                f"memory={in_words(self._limit)} is too little to generate up to {tokens} tokens",
+                expected=f"at least {in_words(needed)}",
+                remedy="generate fewer, or from a shorter prompt",
+            )
+        layers = self._model.get_submodule(self._stack)
+        with (
+            self.meter.running(self.held),
+            forwards(layers, lambda: self.reading(range(len(layers)), [tokens])),
+        ):
+            yield
 
     # --- what comes and goes ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,45 @@ def test_what_fits_stays(checkpoint: Make) -> None:
     engine = lmtt.load(str(checkpoint("llama")), memory="2GiB")
     assert not isinstance(engine._weights, StreamedWeights)
     assert len(engine.generate(input_ids=[3, 4], max_new_tokens=2, trace=False).ids) == 2
+
+
+@pytest.mark.usefixtures("always_streamed")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2_moe", "gemma2"])
+def test_generates_what_the_resident_model_does(checkpoint: Make, name: str) -> None:
+    folder = checkpoint(name)
+    resident, engine = lmtt.load(str(folder)), lmtt.load(str(folder), memory="110MiB")
+    assert isinstance(engine._weights, StreamedWeights)
+    read, new = engine._weights.bytes_read, 6
+    for sampled in (False, True):
+        options = {"input_ids": PROMPTS[1], "max_new_tokens": new, "do_sample": sampled, "seed": 3}
+        got, want = (each.generate(**options) for each in (engine, resident))
+        np.testing.assert_array_equal(got.ids, want.ids)
+        assert_same(got.trace, want.trace)
+        np.testing.assert_array_equal(got.shares, want.shares)
+    assert len(got.ids) == new
+    if name == "llama":  # each token one reading of the layers, and one for each trace
+        layers = sum(place.nbytes for place in engine._weights._placements)
+        assert 0 < engine._weights.bytes_read - read <= 2 * (new + 1) * layers
+    assert not any("forward" in layer.__dict__ for layer in engine._layers)
+
+
+@pytest.mark.usefixtures("always_streamed")
+def test_generating_keeps_the_limit(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = lmtt.load(str(checkpoint("llama")), memory="101MiB")
+    weights = engine._weights
+    assert isinstance(weights, StreamedWeights)
+    with monkeypatch.context() as patch:  # keys and values of many more heads, and no byte to spare
+        patch.setattr(weights, "shapes", replace(weights.shapes, kv_heads=512))
+        patch.setattr(weights, "_limit", weights.plan([60]).bytes.total)
+        with pytest.raises(InputError, match="too little to generate up to 60 tokens, expected at least"):
+            engine.generate(input_ids=PROMPTS[1], max_new_tokens=55)
+    broken = RuntimeError("broken off")
+
+    def fail(*_: object) -> None:
+        raise broken
+
+    hook = engine._layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken off"):
+        engine.generate(input_ids=PROMPTS[1], max_new_tokens=2)
+    hook.remove()
+    assert len(engine.generate(input_ids=PROMPTS[1], max_new_tokens=2, trace=False).ids) == 2
