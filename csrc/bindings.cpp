@@ -137,12 +137,12 @@ py::dict attention(const py::kwargs& kwargs) {
   lmtt::AttentionInput in{};
   const Shape q = a.shape("q", 3), k = a.shape("k", 3), v = a.shape("v", 3), w = a.shape("w_o", 3);
   in.H = q[0], in.T = q[1], in.E = q[2], in.H_kv = k[0], in.E_v = v[2];
-  const int64_t T = in.T, H = in.H, D = w[2];
+  const int64_t T = in.T, H = in.H, D = w[0];
   expect(T >= 1 && H >= 1 && in.E >= 1 && in.E_v >= 1 && D >= 1, "empty axis");
   expect(in.H_kv >= 1 && H % in.H_kv == 0, "k: heads must divide those of q");
   expect(T < int64_t(1) << 24 && H < int64_t(1) << 20, "too many tokens or heads");
   in.q = a.floats("q", {H, T, in.E}), in.k = a.floats("k", {in.H_kv, T, in.E});
-  in.v = a.floats("v", {in.H_kv, T, in.E_v}), in.w_o = a.floats("w_o", {H, in.E_v, D});
+  in.v = a.floats("v", {in.H_kv, T, in.E_v}), in.w_o = a.floats("w_o", {D, H, in.E_v});
   in.scale = a.value<float>("scale");
   in.softcap = a.has("softcap") ? a.value<float>("softcap") : 0;
   in.window = a.has("window") ? a.value<int64_t>("window") : T;

@@ -140,7 +140,7 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
       s.k_panels = Buffer<float>(width * E);
       s.v_panels = Buffer<float>(width * E_v);
     }
-    s.panel = Buffer<float>(std::max(kTableDepth, E_v) * kPanel);
+    s.panel = Buffer<float>(E_v * kPanel);
     s.table = Buffer<float>(groups(kTableDepth) * (kPanel << kGroup));
     s.x = Buffer<float>(kSources * E_v);
     s.u = Buffer<float>(kSources * u_stride);
@@ -186,14 +186,16 @@ void Pass::prepare() {
   const int64_t HE = H * E_v;
   Buffer<float> norm(HE);  // |W_O[h, e]|_1
   parallel_for(in.threads, panels(HE), [&](int64_t p, int) {
-    for (int64_t c = p * kPanel; c < std::min(HE, (p + 1) * kPanel); ++c) {
-      norm[c] = static_cast<float>(kernel.absolute_sum(in.w_o + c * D, D));
-    }
+    const int64_t c = p * kPanel;
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, HE - c));
+    double sums[kPanel];
+    kernel.absolute_column_sums(in.w_o + c, HE, columns, D, sums);
+    std::copy(sums, sums + columns, norm + c);
   });
   parallel_for(in.threads, packed ? H : 0, [&](int64_t h, int) {
     for (int64_t d = 0; d < D; d += kPanel) {
       const int columns = static_cast<int>(std::min<int64_t>(kPanel, D - d));
-      kernel.pack_columns(in.w_o + h * E_v * D + d, D, columns, E_v, o_panels + (h * width_of_D + d) * E_v);
+      kernel.pack_rows(in.w_o + d * HE + h * E_v, HE, columns, E_v, o_panels + (h * width_of_D + d) * E_v);
     }
   });
   const double gamma = rounding(sign_chain(D) + chain(E_v) + 8);  // 8: the coefficient, a gate, and the margin itself
@@ -306,8 +308,7 @@ void Pass::directions(const int32_t* rows, int64_t count) {
     const int64_t r0 = item / panels(HE) * kDirectionRows, n = std::min(kDirectionRows, count - r0);
     for (int64_t d = 0; d < D; d += kTableDepth) {
       const int64_t depth = std::min(kTableDepth, D - d);
-      kernel.pack_rows(in.w_o + c * D + d, D, columns, depth, s.panel.get());
-      kernel.sign_table(s.panel.get(), depth, s.table.get());
+      kernel.sign_table(in.w_o + d * HE + c, HE, columns, depth, s.table.get());
       const uint16_t* from = offsets + r0 * D_groups + d / kGroup;
       if (columns == kPanel) {
         kernel.add_signed(n, groups(depth), from, D_groups, s.table.get(), direction + r0 * HE + c, HE, d > 0);
@@ -520,7 +521,7 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
     if (packed) {
       panel = o_panels + (h * width_of_D + d) * E_v;
     } else {
-      kernel.pack_columns(in.w_o + h * E_v * D + d, D, columns, E_v, s.panel.get());
+      kernel.pack_rows(in.w_o + d * H * E_v + h * E_v, H * E_v, columns, E_v, s.panel.get());
     }
     kernel.multiply(count, E_v, s.x.get(), E_v, panel, s.u + d, u_stride, false);
   }

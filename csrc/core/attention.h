@@ -12,7 +12,8 @@ namespace lmtt {
 // Shapes as in lmtt.kernels.types.Attention and AttentionTask; all arrays dense, float32.
 struct AttentionInput {
   int64_t T, H, H_kv, E, E_v;
-  const float *q, *k, *v, *w_o;
+  const float *q, *k, *v;
+  const float* w_o;         // [D, H, E_v], as linear layers store it
   float scale;
   float softcap;            // 0: none
   int64_t window;           // T or more: none

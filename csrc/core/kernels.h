@@ -55,8 +55,6 @@ struct Kernels {
 
   // panel[k][c] = rows[c * stride + k], c < count <= 16: the transpose of `count` rows.
   void (*pack_rows)(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* panel);
-  // panel[k][c] = matrix[k * stride + c], c < count <= 16: a copy of `count` columns.
-  void (*pack_columns)(const float* matrix, ptrdiff_t stride, int count, int64_t depth, float* panel);
   // c[r][0..15] = (accumulate ? c : 0) + sum over k < depth of a[r][k] * panel[k]; in pieces of kDepth.
   // The order of additions does not depend on `rows`.
   void (*multiply)(int64_t rows, int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,
@@ -67,15 +65,17 @@ struct Kernels {
   // an addition in the place of four multiply-adds.
   // offsets[g] = the place, in floats, of the sums for the sign bits of y[4 g .. 4 g + 3] in the group's part of a table.
   void (*sign_offsets)(const float* y, int64_t n, uint16_t* offsets);
-  // table[g][s][0..15] = sum over b < 4 of panel[4 g + b] * (bit b of s ? -1 : 1), g < groups(depth).
-  // Coordinates beyond depth count as zeros.
-  void (*sign_table)(const float* panel, int64_t depth, float* table);
+  // table[g][s][c] = sum over b < 4 of matrix[(4 g + b) * stride + c] * (bit b of s ? -1 : 1), g < groups(depth),
+  // c < count <= 16. What is beyond depth or count counts as zeros.
+  void (*sign_table)(const float* matrix, ptrdiff_t stride, int count, int64_t depth, float* table);
   // c[r][0..15] = (accumulate ? c : 0) + sum over g < count of table[g] at offsets[r][g]. The order of additions
   // does not depend on `rows`.
   void (*add_signed)(int64_t rows, int64_t count, const uint16_t* offsets, ptrdiff_t stride, const float* table,
                      float* c, ptrdiff_t c_stride, bool accumulate);
 
   double (*absolute_sum)(const float* x, int64_t n);                     // sum of |x|
+  // sums[c] = sum over k < depth of |matrix[k * stride + c]|, c < count <= 16.
+  void (*absolute_column_sums)(const float* matrix, ptrdiff_t stride, int count, int64_t depth, double* sums);
   double (*absolute_dot)(const float* x, const float* w, int64_t n);     // sum of |x| w
   // proximity = max(0, sum of min(t, 2|y| - t)), dot = sum of t unless it is null, with t = x sign(y).
   void (*proximity)(const float* x, const float* y, int64_t n, double* proximity, double* dot);

@@ -48,10 +48,6 @@ void pack_rows(const float* rows, ptrdiff_t stride, int count, int64_t depth, fl
   }
 }
 
-void pack_columns(const float* matrix, ptrdiff_t stride, int count, int64_t depth, float* panel) {
-  for (int64_t k = 0; k < depth; ++k) store(panel + k * kLanes, load_first(matrix + k * stride, count));
-}
-
 template <int Rows>
 LMTT_INLINE void multiply_strip(int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,
                                 ptrdiff_t c_stride, bool accumulate) {
@@ -100,9 +96,11 @@ void sign_offsets(const float* y, int64_t n, uint16_t* offsets) {
   }
 }
 
-void sign_table(const float* panel, int64_t depth, float* table) {
-  for (int64_t k = 0; k < depth; k += lmtt::kGroup, panel += lmtt::kGroup * kLanes, table += kEntries * kLanes) {
-    const auto row = [=](int64_t b) { return k + b < depth ? load(panel + b * kLanes) : splat(0.0f); };
+// Row(k): sixteen columns of row k of the matrix.
+template <class Row>
+LMTT_INLINE void fill_sign_table(int64_t depth, float* table, const Row& row_of) {
+  for (int64_t k = 0; k < depth; k += lmtt::kGroup, table += kEntries * kLanes) {
+    const auto row = [&](int64_t b) { return k + b < depth ? row_of(k + b) : splat(0.0f); };
     const Lanes a = row(0), b = row(1), c = row(2), d = row(3);
     const Lanes minus_a = splat(0.0f) - a, minus_c = splat(0.0f) - c;
     const Lanes low[4] = {a + b, minus_a + b, a - b, minus_a - b};
@@ -112,6 +110,14 @@ void sign_table(const float* panel, int64_t depth, float* table) {
 #pragma GCC unroll 4
       for (int l = 0; l < 4; ++l) store(table + (4 * h + l) * kLanes, low[l] + high[h]);
     }
+  }
+}
+
+void sign_table(const float* matrix, ptrdiff_t stride, int count, int64_t depth, float* table) {
+  if (count == kLanes) {
+    fill_sign_table(depth, table, [=](int64_t k) { return load(matrix + k * stride); });
+  } else {
+    fill_sign_table(depth, table, [=](int64_t k) { return load_first(matrix + k * stride, count); });
   }
 }
 
@@ -161,6 +167,18 @@ LMTT_INLINE double sum_over(int64_t n, const Term& term) {
 
 double absolute_sum(const float* x, int64_t n) {
   return sum_over(n, [x](int64_t d, int64_t left) { return absolute(load_first(x + d, left)); });
+}
+
+void absolute_column_sums(const float* matrix, ptrdiff_t stride, int count, int64_t depth, double* sums) {
+  double totals[kLanes] = {};
+  for (int64_t k = 0; k < depth; k += kRun) {
+    Lanes sum = splat(0.0f);
+    for (int64_t n = k; n < depth && n < k + kRun; ++n) sum = sum + absolute(load_first(matrix + n * stride, count));
+    float part[kLanes];
+    store(part, sum);
+    for (int c = 0; c < kLanes; ++c) totals[c] += part[c];
+  }
+  for (int c = 0; c < count; ++c) sums[c] = totals[c];
 }
 
 double absolute_dot(const float* x, const float* w, int64_t n) {
@@ -456,7 +474,8 @@ float multiply_add_chain(int64_t rounds, int64_t* multiply_adds) {
 }
 
 constexpr lmtt::Kernels table(const char* name) {
-  return {name,          pack_rows, pack_columns, multiply,       sign_offsets,       sign_table, add_signed, absolute_sum, absolute_dot, proximity,
+  return {name,          pack_rows, multiply,       sign_offsets,       sign_table, add_signed,
+          absolute_sum, absolute_column_sums, absolute_dot, proximity,
           block_smallest, block_largest, overshoot, attend,      screen,      screen_neurons,
           exact_above,   open_from, neuron_sums,  multiply_add_chain};
 }

@@ -125,7 +125,7 @@ void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s, bool timed) {
     for (int64_t d = 0; d < D; d += kTableDepth) {
       const int64_t depth = std::min(kTableDepth, D - d);
       kernel.pack_rows(in.w_down + (n0 + n) * D + d, D, columns, depth, s.panel.get());
-      kernel.sign_table(s.panel.get(), depth, s.table.get());
+      kernel.sign_table(s.panel.get(), kPanel, kPanel, depth, s.table.get());
       kernel.add_signed(end - begin, groups(depth), offsets + begin * groups(D) + d / kGroup, groups(D),
                         s.table.get(), s.product + n, kTile, d > 0);
     }
@@ -203,9 +203,11 @@ void Pass::finish(int64_t i, Scratch& s) {
     std::push_heap(s.best.begin(), s.best.end(), before);
   };
 
-  // Neurons with first-order values, by falling bound; a part of the bounds at a time, for most are far below.
+  // Neurons with first-order values, by falling bound; a part of the bounds at a time, for most are far below. All are
+  // at most the threshold: none matters where the k-th exact value is above it.
   const auto smaller_bound = [&](const auto& a, const auto& b) { return before(b, a); };
   for (const float part : {0.25f, 0.0625f, 0.0f}) {
+    if (worst() > threshold[i]) break;
     const float floor = part > 0 ? std::max(worst(), threshold[i] * part) : worst();
     s.open.clear();
     for (int64_t n = 0; n < F; n += kSome) {

@@ -71,7 +71,7 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
         q=_dense("q", attention.q, (H, T, E)),
         k=_dense("k", attention.k, (H_kv, T, E)),
         v=_dense("v", attention.v, (H_kv, T, E_v)),
-        w_o=_dense_weight("w_o", attention.w_o, (H, E_v, D)),
+        w_o=_output_weight(attention.w_o, (H, E_v, D)),
         scale=attention.scale,
         softcap=attention.softcap,
         window=attention.window,
@@ -113,7 +113,7 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
     common = _Common(T, len(task.others))
     counts = _native().neurons(
         act=_dense("act", task.act, (T, F)),
-        w_down=_dense_weight("w_down", task.w_down, (F, D)),
+        w_down=_dense_matrix("w_down", task.w_down, (F, D)),
         row_scale=_optional("row_scale", task.row_scale, (T,)),
         k=task.k,
         base=_dense("base", task.base, (T, D)),
@@ -221,17 +221,23 @@ def _dense(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
     return tensor.detach().to(torch.float32).contiguous().numpy()
 
 
-def _dense_weight(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
-    """As `_dense`; quicker where the weight is the transpose of a dense one, as linear layers' are."""
-    _check_shape(name, tensor, shape)
-    rows, columns = tensor.numel() // shape[-1] if shape[-1] else 0, shape[-1]
-    source = tensor.detach().reshape(rows, columns).t()
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not source.is_contiguous() or rows < 2:
-        return _dense(name, tensor, shape)
-    out = host_memory.scratch(tuple(shape))  # one task has one such weight
-    _native().transpose(
-        source=source.numpy(), out=out.view(rows, columns).numpy(), threads=torch.get_num_threads()
-    )
+def _output_weight(tensor: Tensor, shape: tuple[int, int, int]) -> Any:
+    """W_O [H, E_v, D] as linear layers store it, [D, H, E_v]."""
+    _check_shape("w_o", tensor, shape)
+    heads, width, d_model = shape
+    stored = _dense_matrix("w_o", tensor.reshape(heads * width, d_model).t(), (d_model, heads * width))
+    return stored.reshape(shape[2], *shape[:2])
+
+
+def _dense_matrix(name: str, matrix: Tensor, shape: tuple[int, int]) -> Any:
+    """As `_dense`; quicker for the transpose of a dense matrix, which the weights of linear layers are."""
+    _check_shape(name, matrix, shape)
+    source = matrix.detach().t()
+    usable = matrix.dtype == torch.float32 and matrix.device.type == "cpu" and source.is_contiguous()
+    if matrix.is_contiguous() or not usable:
+        return _dense(name, matrix, shape)
+    out = host_memory.scratch(shape)  # one task has one such weight
+    _native().transpose(source=source.numpy(), out=out.numpy(), threads=torch.get_num_threads())
     return out.numpy()
 
 
