@@ -293,11 +293,14 @@ std::vector<Block> Pass::in_blocks(const std::vector<int32_t>& at, int64_t rows_
 
 // Step 2: fills direction[0..count) for these rows.
 void Pass::directions(const int32_t* rows, int64_t count) {
-  const int64_t HE = H * E_v, D_groups = groups(D);
-  Buffer<uint16_t> offsets(count * D_groups);
+  const int64_t HE = H * E_v;
+  Buffer<uint16_t> offsets(tables(D) * count * kTableGroups);  // by table, as in neurons.cpp
   parallel_for(in.threads, panels(count), [&](int64_t p, int) {
     for (int64_t r = p * kPanel; r < std::min(count, (p + 1) * kPanel); ++r) {
-      kernel.sign_offsets(in.parts.whole + rows[r] * D, D, offsets + r * D_groups);
+      for (int64_t d = 0; d < D; d += kTableDepth) {
+        kernel.sign_offsets(in.parts.whole + rows[r] * D + d, std::min(kTableDepth, D - d),
+                            offsets + (d / kTableDepth * count + r) * kTableGroups);
+      }
     }
   });
   const int64_t stripes = (count + kDirectionRows - 1) / kDirectionRows;
@@ -309,15 +312,15 @@ void Pass::directions(const int32_t* rows, int64_t count) {
     for (int64_t d = 0; d < D; d += kTableDepth) {
       const int64_t depth = std::min(kTableDepth, D - d);
       kernel.sign_table(in.w_o + d * HE + c, HE, columns, depth, s.table.get());
-      const uint16_t* from = offsets + r0 * D_groups + d / kGroup;
+      const uint16_t* from = offsets + (d / kTableDepth * count + r0) * kTableGroups;
       if (columns == kPanel) {
-        kernel.add_signed(n, groups(depth), from, D_groups, s.table.get(), direction + r0 * HE + c, HE, d > 0);
+        kernel.add_signed(n, groups(depth), from, kTableGroups, s.table.get(), direction + r0 * HE + c, HE, d > 0);
         continue;
       }
       for (int64_t r = 0; r < n; ++r) {  // the last panel is narrower than what add_signed writes
         float *to = direction + (r0 + r) * HE + c, sums[kPanel] = {};
         if (d > 0) std::copy(to, to + columns, sums);
-        kernel.add_signed(1, groups(depth), from + r * D_groups, D_groups, s.table.get(), sums, kPanel, d > 0);
+        kernel.add_signed(1, groups(depth), from + r * kTableGroups, kTableGroups, s.table.get(), sums, kPanel, d > 0);
         std::copy(sums, sums + columns, to);
       }
     }

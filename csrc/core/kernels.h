@@ -13,7 +13,9 @@ constexpr int kPanel = 16;          // columns of a panel
 constexpr int64_t kDepth = 256;     // longest running sum of a product; longer ones are summed in pieces
 constexpr int64_t kGroup = 4;       // coordinates whose sums are looked up together in products with signs
 constexpr int64_t kTableDepth = 96;  // coordinates of one table of such sums: 24 KiB, which stay in the first-level cache
+constexpr int64_t kTableGroups = kTableDepth / kGroup;
 inline int64_t groups(int64_t n) { return (n + kGroup - 1) / kGroup; }
+inline int64_t tables(int64_t n) { return (n + kTableDepth - 1) / kTableDepth; }
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 inline int64_t padded(int64_t n) { return panels(n) * kPanel; }
 
@@ -97,10 +99,11 @@ struct Kernels {
                     float margin_scale, float threshold, float listed, int32_t row, float* edges, Record* records,
                     ScreenSums* sums);
   // Likewise for neurons 0..count of one row, coefficient = scale * act, all arrays of exactly `count`
-  // (product padded). values[n] = 0 where the bound is not positive, -relu(g) (sign bit set) where skipped.
-  int64_t (*screen_neurons)(int64_t count, const float* act, float scale, const float* product, const float* margin,
-                            float threshold, int32_t row, int32_t first, float* values, Record* records,
-                            ScreenSums* sums);
+  // (product padded, its panels panel_stride floats apart). values[n] = 0 where the bound is not positive,
+  // -relu(g) (sign bit set) where skipped.
+  int64_t (*screen_neurons)(int64_t count, const float* act, float scale, const float* product,
+                            ptrdiff_t panel_stride, const float* margin, float threshold, int32_t row, int32_t first,
+                            float* values, Record* records, ScreenSums* sums);
   // Bits n < count <= 64 with an exact value (sign bit clear) above `least`, or NaN.
   uint64_t (*exact_above)(int64_t count, const float* values, float least);
   // Bits n < count <= 64 with a first-order value (sign bit set) whose bound

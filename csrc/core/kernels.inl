@@ -381,15 +381,16 @@ int64_t screen(int64_t begin, int64_t end, const float* coefficient, const float
   return count;
 }
 
-int64_t screen_neurons(int64_t count, const float* act, float scale, const float* product, const float* margin,
-                       float threshold, int32_t row, int32_t first, float* values, Record* records, ScreenSums* out) {
+int64_t screen_neurons(int64_t count, const float* act, float scale, const float* product, ptrdiff_t panel_stride,
+                       const float* margin, float threshold, int32_t row, int32_t first, float* values,
+                       Record* records, ScreenSums* out) {
   const Lanes zero = splat(0.0f), limit = splat(threshold), factor = splat(scale);
   Sum signed_sum, absolute_sum;
   int64_t found = 0, positive = 0;
-  for (int64_t n = 0; n < count; n += kLanes) {
+  for (int64_t n = 0; n < count; n += kLanes, product += panel_stride) {
     const int64_t left = count - n;
     const Lanes c = load_first(act + n, left) * factor;
-    const Lanes g = keep_if(c != zero, c * load(product + n));
+    const Lanes g = keep_if(c != zero, c * load(product));
     const Lanes bound = fma(absolute(c), load_first(margin + n, left), g);
     const Choice possible = bound > zero;
     signed_sum.add(g);

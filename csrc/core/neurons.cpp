@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kTile = 8 * kPanel;  // neurons of a tile: their rows of W_down are packed together
 constexpr int64_t kTileRows = 512;     // rows that one thread takes: more share a table of sums, fewer share the work
+constexpr int64_t kPanelStride = (kTileRows + 1) * kPanel;  // of a tile's products: powers of two collide in cache
 constexpr int64_t kFewRows = 24;       // taken together however small the workspace is
 
 struct Scratch {  // one thread's memory
@@ -50,7 +51,7 @@ class Pass {
   int64_t rows_at_once, first_row = 0;
   std::vector<float> threshold;    // [T]
   std::vector<PartsRow> parts;     // [T]
-  Buffer<uint16_t> offsets;        // [T, groups of D]: the signs of whole
+  Buffer<uint16_t> offsets;        // [tables of D, T, groups of a table]: the signs of whole
   Buffer<float> margin;            // [F]: rounding error of G at most
   Buffer<float> smallest;          // [T, blocks] of whole
   Buffer<float> largest;           // [F, blocks] of w_down
@@ -66,7 +67,7 @@ Pass::Pass(const NeuronInput& input, NeuronOutput& output)
   const int64_t per_row = F * int64_t(sizeof(float)) + tiles * int64_t(sizeof(ScreenSums));
   rows_at_once = std::min(T, std::max(kFewRows, in.workspace / 2 / per_row));
   threshold.resize(T), parts.resize(T), positive.resize(T), evaluated.resize(T);
-  offsets = Buffer<uint16_t>(T * groups(D));
+  offsets = Buffer<uint16_t>(T * tables(D) * kTableGroups);
   margin = Buffer<float>(F);
   smallest = Buffer<float>(T * blocks);
   largest = Buffer<float>(F * blocks);
@@ -76,7 +77,7 @@ Pass::Pass(const NeuronInput& input, NeuronOutput& output)
   for (Scratch& s : scratch) {
     s.panel = Buffer<float>(kTableDepth * kPanel);
     s.table = Buffer<float>(groups(kTableDepth) * (kPanel << kGroup));
-    s.product = Buffer<float>(kTileRows * kTile);
+    s.product = Buffer<float>(kTile / kPanel * kPanelStride);
     s.records = Buffer<Record>(kTile);
   }
 }
@@ -113,7 +114,10 @@ void Pass::prepare() {
     parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
     threshold[i] = static_cast<float>(in.screen * parts[i].size);
     kernel.block_smallest(in.parts.whole + i * D, D, smallest + i * blocks);
-    kernel.sign_offsets(in.parts.whole + i * D, D, offsets + i * groups(D));
+    for (int64_t d = 0; d < D; d += kTableDepth) {
+      kernel.sign_offsets(in.parts.whole + i * D + d, std::min(kTableDepth, D - d),
+                          offsets + (d / kTableDepth * T + i) * kTableGroups);
+    }
   });
 }
 
@@ -126,15 +130,15 @@ void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s, bool timed) {
       const int64_t depth = std::min(kTableDepth, D - d);
       kernel.pack_rows(in.w_down + (n0 + n) * D + d, D, columns, depth, s.panel.get());
       kernel.sign_table(s.panel.get(), kPanel, kPanel, depth, s.table.get());
-      kernel.add_signed(end - begin, groups(depth), offsets + begin * groups(D) + d / kGroup, groups(D),
-                        s.table.get(), s.product + n, kTile, d > 0);
+      kernel.add_signed(end - begin, groups(depth), offsets + (d / kTableDepth * T + begin) * kTableGroups,
+                        kTableGroups, s.table.get(), s.product + n / kPanel * kPanelStride, kPanel, d > 0);
     }
   }
   for (int64_t i = begin; i < end; ++i) {
     float* row_values = values + (i - first_row) * F + n0;
     ScreenSums& row_sums = sums[(i - first_row) * tiles + t];
     const int64_t found = kernel.screen_neurons(
-        count, in.act + i * F + n0, scale(i), s.product + (i - begin) * kTile, margin + n0, threshold[i],
+        count, in.act + i * F + n0, scale(i), s.product + (i - begin) * kPanel, kPanelStride, margin + n0, threshold[i],
         static_cast<int32_t>(i), static_cast<int32_t>(n0), row_values, s.records.get(), &row_sums);
     if (found == 0) continue;
     const auto evaluate = [&] {
