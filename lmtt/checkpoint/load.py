@@ -1,8 +1,8 @@
 """From what a user calls a model to transformers' module, its tokenizer, and where both came from.
 
-A model is a hub id, a local directory, a `.gguf` file, or nothing (the demo model). Weights are read by
-transformers itself, but those of quantised checkpoints, which are dequantised here so that what runs is what
-is attributed; what transformers' loaders let pass (missing tensors, NaN) is refused here.
+A model is a hub id, a local directory, a `.gguf` file, or nothing (the demo model). Weights are placed
+by transformers itself, but those of quantised checkpoints, which are dequantised here so that what runs is
+what is attributed; what transformers' loaders let pass (missing tensors, NaN) is refused here.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lmtt.checkpoint.dequantised import read_dequantised
 from lmtt.checkpoint.gguf import read_header
 from lmtt.checkpoint.gguf_lend import fast_reader
 from lmtt.checkpoint.quant_source import METHODS, quantisation
+from lmtt.checkpoint.safetensors_lend import own_reader
 from lmtt.checkpoint.safetensors_source import open_safetensors
 from lmtt.errors import CheckpointError, InputError
 
@@ -263,7 +264,8 @@ def _read_model(
         if source.kind == "directory":
             open_safetensors(Path(source.folder)).close()  # stricter than what reads it below
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **options)
+        with own_reader():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except (OSError, ValueError, KeyError, NotImplementedError, RuntimeError, ImportError) as error:
         raise CheckpointError(
             f"cannot load {source.name}: {first_sentence(error)}", remedy=_remedy(source)

@@ -93,7 +93,7 @@ def open_safetensors(folder: Path) -> SafetensorsSource:
     try:
         for number, name in enumerate(names):
             files.append(_open(folder, name))
-            for tensor, info in _read_header(files[-1], number).items():
+            for tensor, info in read_header(files[-1], number).items():
                 if tensor in tensors:
                     other = names[tensors[tensor].position[0]]
                     raise CheckpointError(f"tensor {tensor} is in {other} and again in {name}")
@@ -166,7 +166,8 @@ def _compare(weight_map: dict[str, str], tensors: dict[str, TensorInfo], names: 
             raise CheckpointError(f"tensor {tensor[:80]} is not in the shard {shard} that the index names")
 
 
-def _read_header(file: WeightFile, number: int) -> dict[str, TensorInfo]:
+def read_header(file: WeightFile, number: int) -> dict[str, TensorInfo]:
+    """A file's tensors; `number` is the file's in their positions. CheckpointError if it is damaged."""
     name = file.path.name
     start = bytearray(min(file.size, len(_LFS)))
     file.read_into(memoryview(start), 0)

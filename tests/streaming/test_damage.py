@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import lmtt
+from lmtt.checkpoint import safetensors_lend
+from lmtt.checkpoint.disk import WeightFile
 from lmtt.checkpoint.safetensors_source import INDEX, open_safetensors
+from lmtt.checkpoint.source import TensorInfo
 from lmtt.errors import CheckpointError
 
 Damage = Callable[[Path], None]
@@ -145,6 +148,38 @@ def test_cut_while_it_is_read(checkpoint: Callable[[str], Path], tmp_path: Path)
             file.truncate(200)
     with pytest.raises(CheckpointError, match="ended while it was read"):
         engine.trace(input_ids=[5, 6, 7])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])  # as stored, and packed by transformers
+def test_cut_while_all_of_it_is_read(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint(name), folder)
+    want = lmtt.load(str(folder)).trace(input_ids=[5, 6, 7])
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    original = safetensors_lend.read_header
+
+    def cut_when_it_was_opened(file: WeightFile, number: int) -> dict[str, TensorInfo]:
+        header = original(file, number)
+        if file.path.name == last.name:
+            os.truncate(last, last.stat().st_size - 1000)
+        return header
+
+    whole = last.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors_lend, "read_header", cut_when_it_was_opened)
+        with pytest.raises(CheckpointError, match=f"{last.name} ended while it was read") as error:
+            lmtt.load(str(folder))
+    assert "\n" not in str(error.value)
+    last.write_bytes(whole)
+    before = len(os.listdir("/proc/self/fd"))
+    engine = lmtt.load(str(folder))
+    assert len(os.listdir("/proc/self/fd")) == before
+    for path in folder.glob("*.safetensors"):
+        os.truncate(path, 8)  # a mapped file would now be a signal
+    got = engine.trace(input_ids=[5, 6, 7])
+    np.testing.assert_array_equal(got.data.resid_pre, want.data.resid_pre)
 
 
 def test_every_flipped_byte_of_a_header_is_refused_or_harmless(
