@@ -66,7 +66,7 @@ from lmtt.structure.discover import discover_layer
 from lmtt.structure.opaque import admit, whole_sublayers
 from lmtt.structure.replay import LayerCall, LayerCalls, dry_run, final, find_layers, finish
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, LayerStructure, MlpWrite
-from lmtt.structure.verify import Closure, check_closure
+from lmtt.structure.verify import Closure, check_closure, proof_rows
 from lmtt.trace import ExactRows, Neuron, Part, Site, Token, TokenList, TokenLogit, TokenScore, Trace
 
 if TYPE_CHECKING:
@@ -382,7 +382,8 @@ class Engine:
         run.hidden, captured = capture_layer(layer, structure, index, given, call.args, call.kwargs)
         log.whole += whole_sublayers(captured)
         clock.begin("closure", index, number)
-        for closure in check_closure(captured, full=not self._proved):
+        rows = proof_rows(given.shape[1])
+        for closure in check_closure(captured, full=not self._proved, rows=rows):
             log.closed(closure.sublayer, closure.error)
         # What a stream does is not over when a kernel returns: its steps are told apart on the CPU only.
         clock.begin("contributions" if clock.cuda else "reduction", index, number)

@@ -20,6 +20,8 @@ from lmtt.kernels.types import Attention
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, Stage
 from lmtt.structure.tolerance import STAGE_BOUND, SUBLAYER_BOUND
 
+PROOF_ROWS = 16  # destinations on which a run proves its sublayers; kernels' checksums cover all of them
+
 
 @dataclass(frozen=True)
 class Closure:
@@ -31,9 +33,14 @@ class Closure:
     bound: float
 
 
+def proof_rows(tokens: int) -> Tensor:
+    """int64 [min(tokens, PROOF_ROWS)]: rows evenly spread, the first and the last among them."""
+    return torch.linspace(0, tokens - 1, min(tokens, PROOF_ROWS), dtype=torch.float64).round().long()
+
+
 @torch.no_grad()
 def measure_closure(
-    captured: CapturedLayer, full: bool, bound: float | None = None
+    captured: CapturedLayer, full: bool, bound: float | None = None, rows: Tensor | None = None
 ) -> tuple[tuple[Closure, ...], ...]:
     """The closure of every sum of one captured layer: by stage its sublayers, in their order, then its own.
 
@@ -41,11 +48,12 @@ def measure_closure(
     W_down, accumulated in float64 for float64 models and float32 otherwise. Costs about a third of the
     layer's forward. Without it only the stages are summed, O(T D).
     bound: for the sublayers, in place of SUBLAYER_BOUND.
+    rows: int64 [n], the destinations whose sublayers are summed; None: all.
     """
     results = []
     for number, stage in enumerate(captured.stages):
         sums = [
-            _write_closure(captured.index, write, bound)
+            _write_closure(captured.index, write, bound, rows)
             for write in stage.writes
             if full and isinstance(write, (AttentionWrite, MlpWrite))
         ]
@@ -54,10 +62,12 @@ def measure_closure(
     return tuple(results)
 
 
-def check_closure(captured: CapturedLayer, full: bool, bound: float | None = None) -> tuple[Closure, ...]:
+def check_closure(
+    captured: CapturedLayer, full: bool, bound: float | None = None, rows: Tensor | None = None
+) -> tuple[Closure, ...]:
     """`measure_closure`, flat; raises ClosureError naming layer, sublayer, error and bound for the first sum
     that does not close (a NaN does not close)."""
-    results = tuple(closure for stage in measure_closure(captured, full, bound) for closure in stage)
+    results = tuple(closure for stage in measure_closure(captured, full, bound, rows) for closure in stage)
     for result in results:
         if not result.error <= result.bound:
             raise ClosureError(
@@ -79,23 +89,23 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def attention_probabilities(a: Attention, head: int) -> Tensor:
-    """A[head] [T, T] from q and k in the accumulation dtype; a sink takes its share of each row."""
+def attention_probabilities(a: Attention, head: int, rows: Tensor | None = None) -> Tensor:
+    """A[head][rows] [n, T] from q and k in the accumulation dtype; a sink takes its share of each row."""
     wide = accumulate_dtype(a.q.dtype)
     T = a.q.shape[1]
-    device = a.q.device
-    x = (a.q[head].to(wide) @ a.k[head // a.group].to(wide).T) * a.scale
+    j = torch.arange(T, device=a.q.device)
+    i = j if rows is None else rows.to(a.q.device)
+    x = (a.q[head][i].to(wide) @ a.k[head // a.group].to(wide).T) * a.scale
     if a.softcap is not None:
         x = a.softcap * torch.tanh(x / a.softcap)
-    i = torch.arange(T, device=device)
-    gap = i[:, None] - i[None, :]
+    gap = i[:, None] - j[None, :]
     if a.alibi is not None:
         x = x - a.alibi[head].to(wide) * gap
     shut = gap < 0
     if a.window is not None:
         shut = shut | (gap >= a.window)
     if a.mask is not None:
-        mask = a.mask[head if a.mask.shape[0] > 1 else 0]
+        mask = a.mask[head if a.mask.shape[0] > 1 else 0][i]
         if mask.dtype == torch.bool:
             shut = shut | ~mask
         else:
@@ -103,33 +113,40 @@ def attention_probabilities(a: Attention, head: int) -> Tensor:
     x = x.masked_fill(shut, -math.inf)
     if a.sinks is None:
         return torch.softmax(x, -1)
-    sink = a.sinks[head].to(wide).expand(T, 1)
+    sink = a.sinks[head].to(wide).expand(len(i), 1)
     return torch.softmax(torch.cat([x, sink], -1), -1)[:, :-1]
 
 
-def sum_of_parts(write: AttentionWrite | MlpWrite) -> Tensor:
-    """Everything a sublayer's parts add up to, bias included, [T, D], in the accumulation dtype."""
+def sum_of_parts(write: AttentionWrite | MlpWrite, rows: Tensor) -> Tensor:
+    """What a sublayer's parts add up to in these rows, bias included, [n, D], in the accumulation dtype."""
     wide = accumulate_dtype(write.written.dtype)
-    total = torch.zeros_like(write.written, dtype=wide)
+    total = write.written.new_zeros(len(rows), write.written.shape[-1], dtype=wide)
     if isinstance(write, MlpWrite):
-        total += write.act.to(wide) @ write.w_down.to(wide)
+        total += write.act[rows].to(wide) @ write.w_down.to(wide)
         row = write.row_scale
     else:
         a = write.attention
         for h in range(a.heads):
-            z = attention_probabilities(a, h) @ a.v[h // (a.heads // a.v.shape[0])].to(wide)
+            z = attention_probabilities(a, h, rows) @ a.v[h // (a.heads // a.v.shape[0])].to(wide)
             if a.gate is not None:
-                z = z * a.gate[:, h].to(wide)
+                z = z * a.gate[rows, h].to(wide)
             total += z @ a.w_o[h].to(wide)
         row = a.row_scale
     if row is not None:
-        total *= row.to(wide)[:, None]
-    return total if write.bias is None else total + write.bias.to(wide)
+        total *= row[rows].to(wide)[:, None]
+    if write.bias is None:
+        return total
+    return total + (write.bias if write.bias.dim() == 1 else write.bias[rows]).to(wide)
 
 
-def _write_closure(layer: int, write: AttentionWrite | MlpWrite, bound: float | None) -> Closure:
+def _write_closure(
+    layer: int, write: AttentionWrite | MlpWrite, bound: float | None, rows: Tensor | None
+) -> Closure:
     wide = accumulate_dtype(write.written.dtype)
-    error = _relative(write.written.to(wide) - sum_of_parts(write), write.written)
+    rows = torch.arange(len(write.written)) if rows is None else rows
+    rows = rows.to(write.written.device)
+    written = write.written[rows]
+    error = _relative(written.to(wide) - sum_of_parts(write, rows), written)
     name = "attention" if isinstance(write, AttentionWrite) else "mlp"
     return Closure(layer, name, error, SUBLAYER_BOUND[write.written.dtype] if bound is None else bound)
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from lmtt.contributions import Settings, layer_shares
 from lmtt.errors import ClosureError, StructureError
+from lmtt.kernels.numerics import checksum_tolerance
 from lmtt.structure.attention_hook import watching
 from lmtt.structure.capture import capture_layer
 from lmtt.structure.discover import discover_layer
 from lmtt.structure.replay import dry_run, find_layers
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, Norm, OpaqueWrite, Stage
-from lmtt.structure.verify import attention_probabilities, check_closure
+from lmtt.structure.verify import PROOF_ROWS, attention_probabilities, check_closure, proof_rows
 from lmtt.testing_models import CONFIGS, WINDOW, tiny_model, tiny_prompt
 
 ADDITIVE = list(CONFIGS)
@@ -100,6 +102,43 @@ def test_single_token_prompt(run_captured: Callable[..., Any]) -> None:
     done = run_captured(tiny_model("qwen2"), tiny_prompt(1))
     for layer in done.captured:
         check_closure(layer, full=True)
+
+
+def test_a_run_proves_rows_from_the_first_to_the_last(run_captured: Callable[..., Any]) -> None:
+    assert proof_rows(1).tolist() == [0]
+    assert proof_rows(PROOF_ROWS).tolist() == list(range(PROOF_ROWS))
+    rows = proof_rows(40)
+    assert len(set(rows.tolist())) == PROOF_ROWS
+    assert [int(rows[0]), int(rows[-1])] == [0, 39]
+    for name in ("bloom", "gemma2", "gpt_oss"):  # alibi; window and softcap; sinks
+        layer = run_captured(tiny_model(name), tiny_prompt(40)).captured[0]
+        for some, every in zip(
+            check_closure(layer, full=True, rows=rows), check_closure(layer, full=True), strict=True
+        ):
+            assert some.error <= 1e-5
+            assert every.error <= 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_row_that_no_proof_looks_at_is_seen_by_the_kernels(
+    backend: str, run_captured: Callable[..., Any]
+) -> None:
+    layer = run_captured(tiny_model("llama"), tiny_prompt(40)).captured[0]
+    rows = proof_rows(40)
+    row = next(i for i in range(40) if i not in rows.tolist())
+
+    def changed(write: MlpWrite) -> MlpWrite:
+        act = write.act.clone()
+        act[row] *= 1.01
+        return replace(write, act=act)
+
+    broken = _changed(layer, MlpWrite, changed)
+    check_closure(broken, full=True, rows=rows)
+    with pytest.raises(ClosureError):
+        check_closure(broken, full=True)
+    settings = Settings(backend=backend)
+    assert layer_shares(layer, settings).checksum <= checksum_tolerance(torch.float32)
+    assert layer_shares(broken, settings).checksum > checksum_tolerance(torch.float32)
 
 
 # --- every feature matters: without it the check fails ---
