@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from lmtt.profile.ceilings import Ceilings
 from lmtt.profile.dims import Dims
 from lmtt.streaming.plan import PREDICTION_WORKSPACE
+from lmtt.structure.verify import PROOF_ROWS
 
 # Lanes for each coordinate of an exact evaluation: multiply-subtract, two for the sign, maximum, addition,
 # and a multiplication and a comparison for each block of sixteen.
@@ -144,9 +145,10 @@ def layer_work(
         "transfer": Work(memory=2 * state, bus=state),
     }  # fmt: skip
     if first:
+        rows = min(T, PROOF_ROWS)
         proof = Work(
-            {wide: 2.0 * T * D * (heads_out + F) + 2 * T * T * (heads_in + heads_out)},
-            memory=((heads_out + F) * D * 2 + 2 * T * F + 8.0 * H * T * T) * wide_size,
+            {wide: 2.0 * rows * D * (heads_out + F) + 2 * rows * T * (heads_in + heads_out)},
+            memory=((heads_out + F) * D * 2 + 2 * rows * F + 8.0 * H * rows * T) * wide_size,
         )
         work["closure"] += proof
     if stored:
