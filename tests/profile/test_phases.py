@@ -98,11 +98,15 @@ def test_work_shows_in_its_step() -> None:
     w_o, pre = torch.randn(4, 32, 256), torch.randn(1, 192, 256)
 
     def steps(floor: float) -> dict[str, float]:
-        with stages.listening() as seconds:
-            lmtt.ops.attention_contributions(
-                q, k, v, w_o, pre, whole(pre, q, k, v, w_o), floor=floor, backend="cpp"
-            )
-        return seconds
+        """The least of five: what else runs only adds."""
+        runs = []
+        for _ in range(5):
+            with stages.listening() as seconds:
+                lmtt.ops.attention_contributions(
+                    q, k, v, w_o, pre, whole(pre, q, k, v, w_o), floor=floor, backend="cpp"
+                )
+            runs.append(dict(seconds))
+        return {name: min(run[name] for run in runs) for name in runs[0]}
 
     everything, nothing = steps(0.0), steps(0.9)
     assert everything["exact evaluation"] > everything["screening"]
