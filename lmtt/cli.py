@@ -262,6 +262,8 @@ def _trace(options: argparse.Namespace) -> None:
         raise InputError(
             "--resume goes on with a stored run", expected="--out naming a directory, without --force"
         )
+    if options.out:
+        _check_leads_somewhere(Path(options.out))
     if options.out and not options.resume:
         _check_run_free(Path(options.out), options.force)
     if by_layer:
@@ -553,6 +555,15 @@ def _check_room(options: argparse.Namespace, prompt: str | list[dict[str, str]])
     texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     full = options.keep == "full"
     check_room(options.out, options.model, texts, device=options.device, dtype=options.dtype, full=full)
+
+
+def _check_leads_somewhere(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise RunError(
+            f"{path} is a link that leads nowhere",
+            expected="a new name, a run, or a link to one",
+            remedy="remove the link, or name another RUN",
+        )
 
 
 def _check_run_free(path: Path, force: bool) -> None:

@@ -476,7 +476,7 @@ class Engine:
         head = self._find_head()
         states = final(self.model, ids, hidden, calls)[0]
         k = min(KEPT_PREDICTIONS, head.weight.shape[0])
-        with self._weights.unembedding():
+        with self._weights.at_hand(head.unembed):
             options: dict[str, Any] = {"softcap": head.softcap, "bias": head.bias, "scale": head.logit_scale}
             states = states.to(head.rows.device)
             top, choice = registry.run(
@@ -642,7 +642,8 @@ class Engine:
     def _dry_run(self, ids: Tensor) -> LayerCalls:
         key = ids.cpu().numpy().tobytes()
         if key not in self._calls:
-            self._calls[key] = dry_run(self.model, ids)
+            with self._weights.at_hand(self.model.get_input_embeddings()):
+                self._calls[key] = dry_run(self.model, ids)
             while len(self._calls) > REMEMBERED_PROMPTS:
                 self._calls.popitem(last=False)
         return self._calls[key]
@@ -691,7 +692,7 @@ class Engine:
 
     def _logits(self, targets: Sequence[int], position: int, embedded: Tensor) -> LogitAttribution:
         head = self._find_head()
-        with self._weights.unembedding():
+        with self._weights.at_hand(head.unembed):
             return LogitAttribution(head, targets, position, embedded)
 
     def _find_head(self) -> Head:
@@ -872,7 +873,7 @@ class Engine:
         """See `Trace.promoted`."""
         update = self._update(data, layer, position, part)[None]
         head = self._find_head()
-        with self._weights.unembedding():
+        with self._weights.at_hand(head.unembed):
             if frozen:
                 scores = head.frozen(self._state(data, len(self._layers))[position]).scores(update)[0]
             else:

@@ -125,8 +125,7 @@ def assign(model: Any, stack: str, tensors: Mapping[str, TensorInfo], dtype: tor
             f"{len(wrong)} weights contradict the config in shape, {tensor} for one",
             expected=list(expected), got=list(got),
         )  # fmt: skip
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(n for n, _ in model.named_parameters() if n not in made | tied)
+    missing = sorted(n for n, _ in model.named_parameters() if not made & {n, *_twins(model, n)})
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} weights, {missing[0]} for one",
@@ -139,6 +138,13 @@ def assign(model: Any, stack: str, tensors: Mapping[str, TensorInfo], dtype: tor
         tuple(unused),
         _dtypes(model, state, dtype),
     )
+
+
+def _twins(model: Any, parameter: str) -> set[str]:
+    """What a parameter is tied to; any one of them may be the one that is stored."""
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    source = tied.get(parameter, parameter)
+    return {source, *(name for name, other in tied.items() if other == source)} - {parameter}
 
 
 def _dtypes(model: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ class PlacedWeights(ResidentWeights):
 
     def __init__(self, meter: Meter, model: Any, *, check: bool = False) -> None:
         super().__init__(meter)
-        self._model = model
         self._path, self._layers = find_layers(model)
         self._keep = tuple(getattr(model, "_skip_keys_device_placement", None) or ())
         self._unchecked = set(range(len(self._layers))) if check else set()
@@ -46,10 +45,8 @@ class PlacedWeights(ResidentWeights):
     def brought(self, layer: int, value: Any) -> Any:
         return moved(value, run_device(self._layers[layer]), self._keep)
 
-    @contextmanager
-    def unembedding(self) -> Iterator[None]:
-        with at_hand(self._model.get_output_embeddings()):
-            yield
+    def at_hand(self, module: nn.Module) -> AbstractContextManager[object]:
+        return at_hand(module)
 
     @contextmanager
     def _turn(self, layer: int) -> Iterator[None]:

@@ -66,8 +66,8 @@ class LayerWeights(Protocol):
         """What a layer is given, where it runs: tensors, also in tuples, lists and dicts."""
         return value
 
-    def unembedding(self) -> AbstractContextManager[None]:
-        """Within, the model's unembedding has its weight, or `rows` that give it."""
+    def at_hand(self, module: nn.Module) -> AbstractContextManager[object]:
+        """Within, a module that lies outside the layers has its weights, or `rows` that give them."""
         return nullcontext()
 
     def generating(self, tokens: int) -> AbstractContextManager[None]:

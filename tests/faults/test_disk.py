@@ -132,7 +132,9 @@ def test_checkpoint_that_leads_out_of_its_folder(folder: Path, tmp_path: Path, f
             assert "folder" in said
 
 
-def test_run_behind_links(tmp_path: Path, trace_command: Any, forked: Any) -> None:
+def test_run_behind_links(
+    tmp_path: Path, trace_command: Any, forked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A link to a directory is that directory; one that leads nowhere, or to itself, is refused."""
     (tmp_path / "there").mkdir()
     link = tmp_path / "link"
@@ -147,8 +149,9 @@ def test_run_behind_links(tmp_path: Path, trace_command: Any, forked: Any) -> No
     assert "exists" in one_line(forked(lambda: main(trace_command(to_run))))
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr("lmtt.engine.load", lambda *_, **__: pytest.fail("a model is loaded"))
     for name in ("dangling", "loop"):
-        for more in ((), ("--resume",)):
+        for more in ((), ("--resume",), ("--force",)):
             ended = forked(lambda name=name, more=more: main(trace_command(tmp_path / name, *more)))
             assert str(tmp_path / name) in one_line(ended)
     assert not (tmp_path / "nowhere").exists()
