@@ -1,4 +1,4 @@
-// The only file that knows pybind11: arrays in, checked for type, shape and density; core functions called without
+// The only file that knows pybind11: arrays in, checked for type, shape and strides; core functions called without
 // the interpreter's lock; nothing else. Python (kernels/backends/cpp_backend.py) has checked in words before.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,16 +36,23 @@ const char* type_name<int64_t>() { return "int64"; }
 template <>
 const char* type_name<double>() { return "float64"; }
 
-// The memory of anything with the buffer protocol, after checking that it is a dense array of T of this shape.
+// The buffer of anything with the buffer protocol, after checking that it is an array of T of this shape.
 template <class T>
-T* array(const py::handle& object, const std::string& name, const Shape& shape, bool writable = false) {
+py::buffer_info checked(const py::handle& object, const std::string& name, const Shape& shape, bool writable) {
   if (!py::isinstance<py::buffer>(object)) throw py::type_error(name + ": expected an array");
-  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request(writable);
+  py::buffer_info info = py::reinterpret_borrow<py::buffer>(object).request(writable);
   if (!info.item_type_is_equivalent_to<T>()) {
     throw py::type_error(name + ": expected " + type_name<T>() + ", got format " + info.format);
   }
   const Shape got(info.shape.begin(), info.shape.end());
   if (got != shape) throw py::value_error(name + ": expected shape " + words(shape) + ", got " + words(got));
+  return info;
+}
+
+// Its memory; it must be dense.
+template <class T>
+T* array(const py::handle& object, const std::string& name, const Shape& shape, bool writable = false) {
+  const py::buffer_info info = checked<T>(object, name, shape, writable);
   int64_t stride = sizeof(T);
   for (std::size_t n = shape.size(); n-- > 0; stride *= shape[n]) {
     if (shape[n] > 1 && info.strides[n] != stride) throw py::value_error(name + ": expected a dense array");
@@ -67,6 +74,16 @@ class Arguments {
   const float* floats(const char* name, const Shape& shape) const { return array<float>(get(name), name, shape); }
   const float* floats_or_null(const char* name, const Shape& shape) const {
     return has(name) ? floats(name, shape) : nullptr;
+  }
+  // [heads, tokens, width], whose vectors must be dense and lie after its beginning.
+  lmtt::ByHead by_head(const char* name, const Shape& shape) const {
+    const py::buffer_info info = checked<float>(get(name), name, shape, false);
+    constexpr int64_t kItem = sizeof(float);
+    for (int n = 0; n < 2; ++n) {
+      if (info.strides[n] < 0 || info.strides[n] % kItem) throw py::value_error(std::string(name) + ": misplaced rows");
+    }
+    if (shape[2] > 1 && info.strides[2] != kItem) throw py::value_error(std::string(name) + ": expected dense rows");
+    return {static_cast<const float*>(info.ptr), info.strides[0] / kItem, info.strides[1] / kItem};
   }
   float* output(const char* name, const Shape& shape) const { return array<float>(get(name), name, shape, true); }
   Shape shape(const char* name, std::size_t dimensions) const {
@@ -141,8 +158,8 @@ py::dict attention(const py::kwargs& kwargs) {
   expect(T >= 1 && H >= 1 && in.E >= 1 && in.E_v >= 1 && D >= 1, "empty axis");
   expect(in.H_kv >= 1 && H % in.H_kv == 0, "k: heads must divide those of q");
   expect(T < int64_t(1) << 24 && H < int64_t(1) << 20, "too many tokens or heads");
-  in.q = a.floats("q", {H, T, in.E}), in.k = a.floats("k", {in.H_kv, T, in.E});
-  in.v = a.floats("v", {in.H_kv, T, in.E_v}), in.w_o = a.floats("w_o", {D, H, in.E_v});
+  in.q = a.by_head("q", {H, T, in.E}), in.k = a.by_head("k", {in.H_kv, T, in.E});
+  in.v = a.by_head("v", {in.H_kv, T, in.E_v}), in.w_o = a.floats("w_o", {D, H, in.E_v});
   in.scale = a.value<float>("scale");
   in.softcap = a.has("softcap") ? a.value<float>("softcap") : 0;
   in.window = a.has("window") ? a.value<int64_t>("window") : T;

@@ -210,15 +210,14 @@ void Pass::prepare() {
       listed[i] = in.keep_pairs ? static_cast<float>(in.keep * parts[i].fixed * (1 - 1e-6)) : INFINITY;
     }
     for (int64_t h = 0; h < H; ++h) {
-      const float* v = in.v + h / heads_per_kv * T * E_v;
       for (int64_t j = begin; j < begin + kPanel; ++j) {
         margin[h * width + j] =
-            j < T ? static_cast<float>(gamma * kernel.absolute_dot(v + j * E_v, norm + h * E_v, E_v)) : 0.0f;
+            j < T ? static_cast<float>(gamma * kernel.absolute_dot(in.v.at(h / heads_per_kv, j), norm + h * E_v, E_v)) : 0.0f;
       }
     }
     for (int64_t g = 0; packed && g < in.H_kv; ++g) {
-      kernel.pack_rows(in.k + (g * T + begin) * E, E, count, E, k_panels + (g * width + begin) * E);
-      kernel.pack_rows(in.v + (g * T + begin) * E_v, E_v, count, E_v, v_panels + (g * width + begin) * E_v);
+      kernel.pack_rows(in.k.at(g, begin), in.k.token_stride, count, E, k_panels + (g * width + begin) * E);
+      kernel.pack_rows(in.v.at(g, begin), in.v.token_stride, count, E_v, v_panels + (g * width + begin) * E_v);
     }
   });
 }
@@ -349,13 +348,13 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       k = s.k_panels.get(), v = s.v_panels.get();
       for (int64_t p = p0; h % heads_per_kv == 0 && p < p1; ++p) {
         const int n = static_cast<int>(std::min<int64_t>(kPanel, T - p * kPanel));
-        kernel.pack_rows(in.k + (g * T + p * kPanel) * E, E, n, E, s.k_panels + p * kPanel * E);
-        kernel.pack_rows(in.v + (g * T + p * kPanel) * E_v, E_v, n, E_v, s.v_panels + p * kPanel * E_v);
+        kernel.pack_rows(in.k.at(g, p * kPanel), in.k.token_stride, n, E, s.k_panels + p * kPanel * E);
+        kernel.pack_rows(in.v.at(g, p * kPanel), in.v.token_stride, n, E_v, s.v_panels + p * kPanel * E_v);
       }
     }
 
     for (int64_t r = 0; r < count; ++r) {
-      const float* q = in.q + (h * T + rows[block.at[r]]) * E;
+      const float* q = in.q.at(h, rows[block.at[r]]);
       std::copy(q, q + E, s.q + r * E);
     }
     for (int64_t p = p0; p < p1; ++p) {
@@ -501,7 +500,6 @@ void Pass::evaluate(const std::vector<Block*>& blocks) {
 
 void Pass::evaluate(const SourceGroup& group, Scratch& s) {
   const int64_t h = group.head;
-  const float* v = in.v + h / heads_per_kv * T * E_v;
   int32_t* slot = s.slot.get();  // [T]: which u is a source's; -1 outside this function
 
   int32_t count = 0;
@@ -509,7 +507,8 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
     const Record& record = *gathered[n];
     if (slot[record.source] >= 0 && !in.gate) continue;
     float* x = s.x + count * E_v;
-    std::copy(v + record.source * E_v, v + (record.source + 1) * E_v, x);
+    const float* v = in.v.at(h / heads_per_kv, record.source);
+    std::copy(v, v + E_v, x);
     if (in.gate) {
       const float* gate = in.gate + (record.row * H + h) * E_v;
       for (int64_t e = 0; e < E_v; ++e) x[e] *= gate[e];

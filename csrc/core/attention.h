@@ -9,10 +9,18 @@
 
 namespace lmtt {
 
-// Shapes as in lmtt.kernels.types.Attention and AttentionTask; all arrays dense, float32.
+// A vector for each head and token, wherever they lie: models hand over views.
+struct ByHead {
+  const float* data;
+  int64_t head_stride, token_stride;  // in floats
+
+  const float* at(int64_t head, int64_t token) const { return data + head * head_stride + token * token_stride; }
+};
+
+// Shapes as in lmtt.kernels.types.Attention and AttentionTask; all arrays float32, dense but for q, k and v.
 struct AttentionInput {
   int64_t T, H, H_kv, E, E_v;
-  const float *q, *k, *v;
+  ByHead q, k, v;
   const float* w_o;         // [D, H, E_v], as linear layers store it
   float scale;
   float softcap;            // 0: none

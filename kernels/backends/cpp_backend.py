@@ -68,9 +68,9 @@ def attention_contributions(task: AttentionTask) -> AttentionResult:
     edges, per_head = torch.empty(T, T), torch.empty(T, H)
     common = _Common(T, len(task.others))
     counts = _native().attention(
-        q=_dense("q", attention.q, (H, T, E)),
-        k=_dense("k", attention.k, (H_kv, T, E)),
-        v=_dense("v", attention.v, (H_kv, T, E_v)),
+        q=_by_head("q", attention.q, (H, T, E)),
+        k=_by_head("k", attention.k, (H_kv, T, E)),
+        v=_by_head("v", attention.v, (H_kv, T, E_v)),
         w_o=_output_weight(attention.w_o, (H, E_v, D)),
         scale=attention.scale,
         softcap=attention.softcap,
@@ -211,14 +211,24 @@ def _optional(name: str, tensor: Tensor | None, shape: Sequence[int]) -> Any:
     return None if tensor is None else _dense(name, tensor, shape)
 
 
+def _by_head(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
+    """As `_dense`, but its vectors may lie apart, as those of a view by heads do."""
+    wide = _float32(name, tensor, shape)
+    return (wide if wide.stride(-1) == 1 else wide.contiguous()).numpy()
+
+
 def _dense(name: str, tensor: Tensor, shape: Sequence[int]) -> Any:
     """The tensor's float32 values as a dense array: its own memory where it is one already."""
+    return _float32(name, tensor, shape).contiguous().numpy()
+
+
+def _float32(name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
     _check_shape(name, tensor, shape)
     if tensor.device.type != "cpu":
         raise InputError(name, expected="a tensor on the CPU", got=tensor.device)
     if tensor.dtype not in WIDENED:
         raise InputError(name, expected="float32, bfloat16 or float16", got=_name(tensor.dtype))
-    return tensor.detach().to(torch.float32).contiguous().numpy()
+    return tensor.detach().to(torch.float32)
 
 
 def _output_weight(tensor: Tensor, shape: tuple[int, int, int]) -> Any:
