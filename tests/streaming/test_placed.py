@@ -126,11 +126,36 @@ def test_each_layer_is_brought_once(checkpoint: Make, tmp_path: Path) -> None:
     assert engine._weights.traffic.bytes_taken == 2 * layers
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto would take the GPU")
 def test_single_devices_stay_plain(checkpoint: Make) -> None:
-    engine = lmtt.load(str(checkpoint("llama")), device_map={"": "cpu"})
-    assert engine.resident
-    assert not is_placed(engine.model)
-    assert_same(engine.trace(input_ids=IDS), lmtt.load(str(checkpoint("llama"))).trace(input_ids=IDS))
+    want = lmtt.load(str(checkpoint("llama"))).trace(input_ids=IDS)
+    for placed in ({"": "cpu"}, "auto"):
+        engine = lmtt.load(str(checkpoint("llama")), device_map=placed)
+        assert engine.resident
+        assert not is_placed(engine.model)
+        assert_same(engine.trace(input_ids=IDS), want)
+
+
+def test_stored_runs_are_the_same_files(checkpoint: Make, tmp_path: Path) -> None:
+    folder = checkpoint("gpt2")
+    resident = lmtt.load(str(folder))
+    engine = lmtt.load(str(folder), device_map=spread(folder, MAPS["all"]), offload_folder=tmp_path / "off")
+    resident.trace(input_ids=IDS, out=tmp_path / "want")
+
+    def stop(done: int, _all: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.trace(input_ids=IDS, out=tmp_path / "got", progress=stop)
+    assert all(parameter.is_meta for parameter in engine.model.parameters())  # nothing was left behind
+    engine.trace(input_ids=IDS, out=tmp_path / "got", resume=True)
+    want, got = (
+        {p.name: p.read_bytes() for p in (tmp_path / run).iterdir() if p.name != "cost.json"}
+        for run in ("want", "got")
+    )
+    assert len(got) > 3
+    assert got == want
 
 
 def test_damage_is_named(checkpoint: Make, tmp_path: Path) -> None:

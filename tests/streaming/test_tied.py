@@ -60,7 +60,7 @@ def test_either_name_will_do(tied: Callable[[str], Path]) -> None:
 def test_neither_is_refused(tied: Callable[[str], Path]) -> None:
     folder = tied("model.another.weight")
     for options in ({}, {"memory": "101MiB"}):
-        with pytest.raises(CheckpointError, match=r"lacks [12] weights, (model\.embed_tokens|lm_head)\.weight"):
+        with pytest.raises(CheckpointError, match=r"lacks [12] weights, (model\.embed|lm_head)"):
             lmtt.load(str(folder), **options)
 
 
