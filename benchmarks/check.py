@@ -7,7 +7,7 @@
 3. A ratio is worse if it exceeds the baseline's by more than the tolerance, which follows from how much
    repeated calls of the same figures scattered, then and now.
 
-Ratios are of things measured minutes apart on one machine, so that a faster or slower machine cancels out.
+Ratios are of things measured in one run on one machine, so that a faster or slower machine cancels out.
 Exit status 0: nothing is worse; 1: something is, or was not measured; 2: there is nothing to compare with.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NoReturn
 
-from report import Figures, Record
+from report import Figures, Record, paired
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -85,9 +85,13 @@ def _pairs(figures: Figures, T: int) -> Iterator[tuple[str, list[list[float]], l
     """Name, samples of ours, samples of the other; samples are by layer."""
     forward = figures.get("forward", "all", T)
     everything = figures.get("everything", "ours", T, 1e-3)
-    if forward is not None and everything is not None:
-        yield "attribution / plain forward", [everything["attribution"]], [forward["seconds"]]
-        yield "whole trace / plain forward", [everything["seconds"]], [forward["seconds"]]
+    if everything is not None:
+        for field, words in (("attribution", "attribution"), ("seconds", "whole trace")):
+            if everything.get("paired"):
+                own, beside = paired(everything, field)
+                yield f"{words} / plain forward", [own], [beside]
+            elif forward is not None:
+                yield f"{words} / plain forward", [everything[field]], [forward["seconds"]]
     for screen, said in ((1e-3, "1e-3"), (0.0, "off")):
         ours = figures.get("attention", "ours", T, screen)
         for peer, words in (("plain_torch", "plain torch"), ("materialised", "materialised")):

@@ -29,6 +29,8 @@ import torch
 
 ENOUGH_CALLS = 7
 WARM_UP_TOKENS = 16
+PAIRED_TOKENS = (256, 512, 1024)  # lengths at which traces and plain forwards take turns
+PAIRS = 5
 PATCHES = 6  # forward passes sampled for the price of activation patching
 OUT_OF_MEMORY = "out of memory"
 
@@ -206,8 +208,11 @@ def measure_everything(figure: Figure) -> dict[str, Any]:
 
     `attribution` is what the kernels and the route took, without running the model, proving closure, or
     predicting; `total` is all of it. Each call reads the text from one token further on, so that nothing is
-    remembered from the one before.
+    remembered from the one before. `paired` has [attribution, total, plain forward with all logits] of calls
+    that took turns: a shared machine is faster now and slower then, and their ratio does not see it.
     """
+    import peers
+
     from lmtt.profile.clock import ATTRIBUTION
 
     engine, ids = _model(figure)
@@ -237,9 +242,20 @@ def measure_everything(figure: Figure) -> dict[str, Any]:
 
     timing = timed(call, figure.budget, figure.call_limit)
     runs = timing.results[1:] or timing.results
+
+    def pair() -> list[float]:
+        start = time.perf_counter()
+        with torch.no_grad():
+            peers.plain_forward(engine.model, ids[:, number : number + figure.tokens], all_logits=True)
+        forward = time.perf_counter() - start
+        run = call()
+        return [run["attribution"], run["total"], forward]
+
+    paired = figure.tokens in PAIRED_TOKENS and figure.screen is not None
     return {
         "seconds": timing.seconds,
         "attribution": [run["attribution"] for run in runs],
+        "paired": [pair() for _ in range(PAIRS)] if paired else [],
         "phases": {name: median(run["phases"][name] for run in runs) for name in runs[0]["phases"]},
         "workspace": timing.workspace,
         "peak": timing.peak,

@@ -24,7 +24,7 @@ SHOWN = 20  # newest entries of a machine
 INTRODUCTION = """# Performance, commit by commit
 
 Written by `python benchmarks/performance.py` from `benchmarks/results/history.json`; do not edit. Every
-number is a ratio of two things measured minutes apart on one machine ([how](../benchmarks/README.md));
+number is a ratio of two things measured in one run on one machine ([how](../benchmarks/README.md));
 smaller is better. `make bench` adds an entry, `make bench-check` fails when a ratio becomes worse than the
 noise of both measurements allows.
 """

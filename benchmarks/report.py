@@ -89,7 +89,12 @@ class Figures:
     ) -> float | None:
         """Attribution of everything (or `seconds`: the whole trace), as a multiple of the plain forward."""
         ours, forward = self.get("everything", "ours", tokens, screen), self.get("forward", head, tokens)
-        return None if ours is None or forward is None else median(ours[field]) / seconds_of(forward)
+        if ours is None or forward is None:
+            return None
+        if head == "all" and ours.get("paired"):
+            own, theirs = paired(ours, field)
+            return median(own) / median(theirs)
+        return median(ours[field]) / seconds_of(forward)
 
     def workspace_beyond_forward(self, tokens: int, screen: float = 1e-3) -> float | None:
         """Bytes, without what the trace keeps."""
@@ -123,6 +128,12 @@ class Figures:
             return None
         total = seconds_of(record) * record["importances"]
         return total, total / median(ours["seconds"])
+
+
+def paired(record: Record, field: str) -> tuple[list[float], list[float]]:
+    """`attribution`, or the `seconds` of whole traces, and the plain forwards that took turns with them."""
+    column = {"attribution": 0, "seconds": 1}[field]
+    return [pair[column] for pair in record["paired"]], [pair[2] for pair in record["paired"]]
 
 
 def kernel_share(
