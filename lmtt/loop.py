@@ -81,7 +81,7 @@ class Log:
             setattr(self, name, getattr(self, name) + getattr(layer, name))
 
     def to_notes(self) -> dict[str, Any]:
-        """As JSON, to be stored with the layer it is of."""
+        """As JSON, to be stored with the layer it is of; all but `notices`, which need not repeat."""
         return {
             # Others are checked on a model's first prompt only, which another process has at another layer.
             "closure": {name: self.closure[name] for name in EVERY_RUN if name in self.closure},
@@ -160,7 +160,9 @@ class Running:
             clock.begin("store", index)
             entering = {"resid_pre": to_host(given[0])} if index == 0 and self.stream is not None else {}
             notes = {**log.to_notes(), "parallel": parallel}
-            self.writer.commit_layer(index, {**arrays, **entering}, to_host(self.hidden[0]), notes)
+            self.writer.commit_layer(
+                index, {**arrays, **entering}, to_host(self.hidden[0]), notes, log.notices
+            )
 
     def restore(self, state: Resumed) -> None:
         """Go on where a stored run stands: its layers' results, and the state that leaves the last."""
@@ -168,6 +170,7 @@ class Running:
             notes = dict(state.notes(layer))
             self.parallel.append(bool(notes.pop("parallel")))
             self.log.merge(Log.of_notes(notes))
+            self.log.notices += state.notices(layer)
             self.layers.append(state.load(layer))
             if self.stream is not None:
                 self.stream[layer] = state.stream(layer)

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -56,6 +56,7 @@ from lmtt.run.reader import check_version, read_part
 
 GENERATIONS = 2  # residual streams that a light run holds: the newest may be torn by a power cut
 NOTES = "notes"  # the name, in a layer file's metadata, of what its layer noted
+NOTICES = "notices"  # the name, in cost.json, of what was said while a layer was computed
 MOST_OF_FREE_SPACE = 0.9  # a run that is expected to need more than this is refused before it starts
 
 
@@ -67,6 +68,7 @@ class Resumed(NamedTuple):
     load: Callable[[int], dict[str, Array]]  # the results of a committed layer
     notes: Callable[[int], dict[str, Any]]  # what was noted with them
     stream: Callable[[int], Array]  # of a full run: what entered a committed layer, [T, D]
+    notices: Callable[[int], list[str]]  # what was said while a committed layer was computed
 
 
 class RunWriter:
@@ -98,6 +100,7 @@ class RunWriter:
         self._next: int | None = 0
         self._axes: dict[str, int] = {}  # T, K and D, met with the first layer
         self._files: dict[str, dict[str, Any]] = {}  # name -> bytes and blake2b of what is written
+        self._notices: dict[int, list[str]] = {}  # layer -> lines
         created = not self.path.exists()
         with _explained(self.path, "nothing was computed"):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -171,8 +174,9 @@ class RunWriter:
         `limit` asks for a point at or before that layer: prompts that share each layer's read go on together.
         """
         with _explained(self.path, "nothing was computed"):
+            self._notices = self._stored_notices()
             if self.complete:
-                return Resumed(self._layers, None, self._load, self._notes, self._stream)
+                return self._resumed(self._layers, None)
             self._files, self._axes = {}, {}
             most = self._layers if limit is None else min(limit, self._layers)
             layer = 0
@@ -190,23 +194,40 @@ class RunWriter:
             resid = self._intact_residual(layer) if layer > 0 else None
             self._discard(layer)
         self._next = layer
-        return Resumed(layer, resid, self._load, self._notes, self._stream)
+        return self._resumed(layer, resid)
+
+    def _resumed(self, layer: int, resid: Array | None) -> Resumed:
+        said = self._notices
+        return Resumed(
+            layer, resid, self._load, self._notes, self._stream, lambda layer: list(said.get(layer, ()))
+        )
 
     def commit_layer(
-        self, layer: int, arrays: Arrays, resid: Array, notes: Mapping[str, Any] | None = None
+        self,
+        layer: int,
+        arrays: Arrays,
+        resid: Array,
+        notes: Mapping[str, Any] | None = None,
+        notices: Sequence[str] = (),
     ) -> None:
         """Make one layer's results durable, then the stream that leaves it; the second makes it count.
 
         `arrays` is what `LAYER` names; `resid` [T, D] is of the manifest's type, bfloat16 as uint16 words.
         A `resid_pre` among the arrays is stored for layer 0 of a full run, which must have it; that of a
-        later layer is the `resid` of the one before. `notes` is JSON that comes back on resuming.
-        RunError if the disk fails (what was committed before
-        stays, and this call may be repeated), InputError if the arrays are not what they must be.
+        later layer is the `resid` of the one before. `notes` is JSON that comes back on resuming, and so
+        do `notices`: lines about what happened, which need not repeat and therefore go to cost.json.
+        RunError if the disk fails (what was committed before stays, and this call may be repeated),
+        InputError if the arrays are not what they must be.
         """
-        self._commit(layer, arrays, resid, notes)
+        self._commit(layer, arrays, resid, notes, notices)
 
     def _commit(
-        self, layer: int, arrays: Arrays, resid: Array | None, notes: Mapping[str, Any] | None = None
+        self,
+        layer: int,
+        arrays: Arrays,
+        resid: Array | None,
+        notes: Mapping[str, Any] | None = None,
+        notices: Sequence[str] = (),
     ) -> None:
         if self._next is None:
             raise InputError("a resumed run goes on where resume_state says", got="no call of it")
@@ -226,6 +247,9 @@ class RunWriter:
                 self._write_arrays(resid_file(0), {"resid_pre": entering})
             if notes is not None:
                 check_json(notes, "notes")
+            if notices:  # before the commit: a layer that is there has said what it had to say
+                self._notices[layer] = list(notices)
+                self._write_cost({})
             self._write_arrays(
                 layer_file(layer), results, {} if notes is None else {NOTES: canonical_json(notes)}
             )
@@ -259,7 +283,7 @@ class RunWriter:
         check_json(cost, "cost")
         with _explained(self.path, f"all {self._layers} layers are kept"):
             self._write_arrays(TAIL_FILE, tail.arrays())
-            self._write(COST_JSON, [seal({"cost": cost})])
+            self._write_cost({"cost": cost})
             run = {
                 "schema": SCHEMA,
                 "complete": True,
@@ -344,8 +368,13 @@ class RunWriter:
                 if beyond or outdated:
                     self._unlink(name)
                     self._files.pop(name, None)
-        for name in (TAIL_FILE, COST_JSON):
-            self._unlink(name)
+        self._unlink(TAIL_FILE)
+        # What a layer said that is computed again, it says again.
+        self._notices = {index: lines for index, lines in self._notices.items() if index < layer}
+        if self._notices:
+            self._write_cost({})
+        else:
+            self._unlink(COST_JSON)
 
     def _drop_residuals(self) -> None:
         """A light run that is complete needs no stream to go on from."""
@@ -354,6 +383,23 @@ class RunWriter:
         names = os.listdir(self._directory)
         for name in sorted(name for name in names if name.startswith("resid-") and OWN_FILES.fullmatch(name)):
             self._unlink(name)
+
+    def _write_cost(self, content: Mapping[str, Any]) -> None:
+        lines = {str(layer): lines for layer, lines in sorted(self._notices.items())}
+        self._write(COST_JSON, [seal({**content, **({NOTICES: lines} if lines else {})})])
+
+    def _stored_notices(self) -> dict[int, list[str]]:
+        """What earlier processes were told, by layer; that it is lost, if the file is damaged."""
+        try:
+            stored = read_json(self._directory, COST_JSON, str(self.path / COST_JSON))
+        except FileNotFoundError:
+            return {}
+        except RunError:
+            stored = {}
+        lines = stored.get(NOTICES, {})
+        if not is_sealed(stored) or not isinstance(lines, dict):
+            return {0: [f"{COST_JSON} was damaged: what was noticed before the run was resumed is lost"]}
+        return {int(layer): list(said) for layer, said in lines.items() if layer.isdecimal()}
 
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import lmtt
 from lmtt.errors import InputError
 from lmtt.kernels import crossover, notices, registry
 from lmtt.kernels.backends import reference_backend
 from lmtt.loop import Log
+from lmtt.testing_models import tiny_model
 
 
 @pytest.fixture
@@ -74,3 +76,36 @@ def test_what_a_kernel_says_reaches_the_cost_of_a_run(task, monkeypatch):
     whole.merge(log)
     assert whole.notices == ["layer 7: attention_contributions: out of device memory; going on with less"]
     assert torch.is_tensor(task.whole)
+
+
+def test_what_was_said_before_an_interruption_is_in_the_cost_of_the_resumed_run(tmp_path, monkeypatch):
+    engine, ids = lmtt.load(tiny_model("llama")), list(range(3, 12))
+    engine.trace(input_ids=ids, out=tmp_path / "quiet", keep="light")
+
+    def aloud(plain):
+        def said(task):
+            notices.say("out of device memory; going on with less")
+            return plain(task)
+
+        return said
+
+    def stop(done, _total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        for name, reason in registry.availability().items():
+            if reason is None:
+                module = registry.load(name)
+                patch.setattr(module, "attention_contributions", aloud(module.attention_contributions))
+        with pytest.warns(RuntimeWarning, match="out of device memory"), pytest.raises(KeyboardInterrupt):
+            engine.trace(input_ids=ids, out=tmp_path / "run", keep="light", progress=stop)
+    trace = engine.trace(input_ids=ids, out=tmp_path / "run", keep="light", resume=True)
+    said = "attention_contributions: out of device memory; going on with less"
+    assert trace.cost["notices"] == [f"layer 0: {said}", f"layer 1: {said}"]
+    assert lmtt.open(tmp_path / "run").cost["notices"] == trace.cost["notices"]
+    resumed, quiet = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != "cost.json"}
+        for name in ("run", "quiet")
+    )
+    assert resumed == quiet, "what was said is in no other file"

@@ -104,6 +104,51 @@ def test_killed_at_every_step_resumes_to_the_same_bytes(tmp_path, monkeypatch, m
     assert started == {0, 1, 2, 3}  # and work was kept, not repeated
 
 
+def test_notices_survive_a_kill_at_every_step(tmp_path, monkeypatch, make_trace, snapshot):
+    """Once each, from layers of both processes; and nothing but cost.json knows of them."""
+    data = make_trace()
+
+    def compute_aloud(path):
+        with RunWriter(path, manifest_of(data, "full"), resume=True) as writer:
+            start = writer.resume_state()
+            heard = [line for layer in range(start.layer) for line in start.notices(layer)]
+            if writer.complete:
+                return
+            for layer in range(start.layer, 3):
+                said = [f"layer {layer}: said"] if layer != 1 else []
+                heard += said
+                writer.commit_layer(layer, split(data, layer), data.resid_pre[layer + 1], {}, said)
+            writer.finish(tail_of(data), data.meta, {"notices": heard})
+
+    whole = None
+    for step in range(1, 1000):
+        run = tmp_path / f"{step}"
+        with failing(monkeypatch, step, kill=True) as counter, suppress(Killed):
+            compute_aloud(run)
+        if counter["calls"] < step:
+            break
+        compute_aloud(run)
+        cost = read_run(run).cost
+        assert cost == {"notices": ["layer 0: said", "layer 2: said"]}, f"killed at step {step}"
+        (run / "cost.json").unlink()
+        whole = whole or snapshot(run)
+        assert snapshot(run) == whole
+        shutil.rmtree(run)
+    assert step > 50
+
+
+def test_damaged_notices_are_said_to_be_lost(tmp_path, make_trace):
+    data = make_trace()
+    run = tmp_path / "run"
+    with RunWriter(run, manifest_of(data, "full")) as writer:
+        writer.commit_layer(0, split(data, 0), data.resid_pre[1], {}, ["said"])
+    for damage in (b"{", b'{"notices": {"0": ["forged"]}, "blake2b": "0"}'):
+        (run / "cost.json").write_bytes(damage)
+        with RunWriter(run, manifest_of(data, "full"), resume=True) as writer:
+            (line,) = writer.resume_state().notices(0)
+            assert "cost.json was damaged" in line
+
+
 def test_killed_twice_at_every_step_of_the_second_try(tmp_path, monkeypatch, make_trace, snapshot):
     data = make_trace(L=2, T=2)
     compute(tmp_path / "whole", data, "light")
