@@ -2,7 +2,8 @@
 
 A fresh buffer costs one page fault per page: in pages of 4 KiB, those of a gigabyte take longer than what is
 to be done with it, and on a virtual machine the host may have to find the memory again, too. Linux gives huge
-pages to who asks; elsewhere nothing changes. What is needed again and again is kept within `reusing`.
+pages to who asks; elsewhere nothing changes. What is needed again and again is kept within `reusing`;
+memory of a result that nobody holds may be the next one's (`Spare`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import math
 import mmap
 import threading
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +40,39 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     if nbytes < LARGE:
         return torch.empty(shape, dtype=dtype)
     return anonymous(nbytes).view(dtype).view(shape)
+
+
+class Spare:
+    """The buffer of a result that nobody holds any more, for the next one.
+
+    Fresh pages may take longer than what is written to them, most of all where a host has taken them back.
+    """
+
+    MOST = 256 << 20  # bytes; larger ones are given back
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []  # uint8; appended and popped only, which no thread sees half done
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """As `empty`, and what `back_after` takes; None for buffers that are not worth keeping."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not LARGE <= nbytes <= self.MOST:
+            return empty(shape, dtype), None
+        try:
+            memory = self._kept.pop()
+        except IndexError:
+            memory = anonymous(nbytes)
+        if len(memory) < nbytes:
+            memory = anonymous(nbytes)
+        return memory[:nbytes].view(dtype).view(shape), memory
+
+    def back_after(self, holder: object, memory: Tensor) -> None:
+        """Keep `memory` once `holder`, and hence every view of it, is gone."""
+        weakref.finalize(holder, self._back, memory).atexit = False
+
+    def _back(self, memory: Tensor) -> None:
+        if not self._kept:
+            self._kept.append(memory)
 
 
 @contextlib.contextmanager

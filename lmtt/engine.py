@@ -38,6 +38,7 @@ from lmtt.contributions import Block, Settings, as_block, attention_task, layer_
 from lmtt.errors import BackendError, CheckpointError, InputError, StructureError
 from lmtt.kernels import registry, stages
 from lmtt.kernels.directional_attention.reference import attention_pattern
+from lmtt.kernels.host_memory import Spare
 from lmtt.kernels.numerics import checksum_tolerance
 from lmtt.kernels.proximity.reference import pair_shares
 from lmtt.kernels.types import Choice
@@ -147,6 +148,7 @@ class Engine:
             meter = Meter(torch.device(self.info.device))
             weights = PlacedWeights(meter, self.model) if is_placed(self.model) else ResidentWeights(meter)
         self._weights: LayerWeights = weights
+        self._spare = Spare() if weights.meter.limit is None else None
 
     def __repr__(self) -> str:
         i = self.info
@@ -369,7 +371,7 @@ class Engine:
     def _start(self, prompt: Prompt, job: Job, writer: RunWriter | None) -> Running:
         calls = self._dry_run(prompt.input_ids)
         hidden = calls.hidden
-        stream = stream_room(len(self._layers), hidden[0]) if job.full else None
+        stream = stream_room(len(self._layers), hidden[0], self._spare) if job.full else None
         return Running(prompt, calls, hidden, stream, writer=writer)
 
     def _layer(self, run: Running, index: int, settings: Settings, clock: Clock, number: int) -> None:

@@ -178,10 +178,16 @@ class Running:
             self.hidden = from_host(state.resid, self.hidden.dtype).to(self.hidden.device)[None]
 
 
-def stream_room(layers: int, hidden: Tensor) -> NDArray[Any]:
+def stream_room(layers: int, hidden: Tensor, spare: host_memory.Spare | None) -> NDArray[Any]:
     """Room for resid_pre of every layer and the final state, [L + 1, T, D], to be filled in place."""
-    room = host_memory.empty((layers + 1, *hidden.shape), hidden.dtype)
-    return to_host(room)
+    shape = (layers + 1, *hidden.shape)
+    if spare is None:
+        return to_host(host_memory.empty(shape, hidden.dtype))
+    room, memory = spare.empty(shape, hidden.dtype)
+    array = to_host(room)
+    if memory is not None:
+        spare.back_after(array, memory)
+    return array
 
 
 def to_host(tensor: Tensor) -> NDArray[Any]:
