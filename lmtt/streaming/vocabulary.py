@@ -17,7 +17,7 @@ from lmtt.checkpoint.source import WeightSource
 from lmtt.errors import CheckpointError
 from lmtt.kernels.host_memory import anonymous
 
-TILE_BYTES = 32 << 20  # of decoded rows, for logits over the whole vocabulary
+TILE_BYTES = 16 << 20  # of decoded rows, for logits over the whole vocabulary
 SAMPLED_ROWS = 4096  # that show how logits are made, where their values are not wanted
 
 
@@ -136,4 +136,5 @@ class TiledUnembedding(nn.Module):
             logits[..., first:last] = nn.functional.linear(
                 x, tile, None if bias is None else bias[first:last]
             )
+            del tile  # before the next one is there
         return logits
