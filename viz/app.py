@@ -25,6 +25,7 @@ from lmtt.viz.panes import WIDE, fill, html
 from lmtt.viz.state import Asked, Server, Shown, State, read_upload, saved
 
 WAIT = "One moment …"
+NOTHING = "No run is shown yet."
 POLL = 0.1  # seconds between looks at a run's progress
 TABS = ("Details", "Lens", "Contrast", "Heads", "Output", "Cost", "Save")
 EXAMPLE = "When Mary and John went to the store, John gave a drink to"
@@ -74,12 +75,14 @@ class Dashboard:
         self.floor = pmui.Select(label="Keep edges above", options=[0.0001, 0.001, 0.01], value=0.001, **WIDE)
         self.measure = pmui.Select(label="Measure", options=["l1", "l2"], value="l1", **WIDE)
         self.special = pmui.Checkbox(label="Add the tokenizer’s special tokens", value=True)
-        self.options = pmui.Card(
-            self.generate, self.floor, self.measure, self.special,
-            title="Options", collapsed=True, elevation=0, outlined=True, margin=(5, 10), **WIDE,
-        )  # fmt: skip
+        options = pn.Column(self.generate, self.floor, self.measure, self.special, **WIDE)
+        self.options = pmui.Accordion(
+            ("Options", options), disable_gutters=True, margin=(5, 10), sx=_OPTIONS, **WIDE
+        )
         self.button = pmui.Button(label="Trace", color="primary", variant="contained", **WIDE)
-        self.cancel = pmui.Button(label="Cancel", variant="outlined", visible=False, sx=_OUTLINED, **WIDE)
+        self.cancel = pmui.Button(
+            label="Cancel", color="error", variant="outlined", visible=False, sx=_CANCEL, **WIDE
+        )
         self.progress = pmui.LinearProgress(
             value=0, variant="determinate", visible=False, margin=(0, 10), **WIDE
         )
@@ -88,9 +91,10 @@ class Dashboard:
         self.upload = pn.widgets.FileInput(accept=".lmtt", multiple=False, stylesheets=[_FILE], **WIDE)
         self.path = pmui.TextInput(label="or a run on this machine", placeholder="path, then Enter", **WIDE)
 
-    def say(self, text: str) -> None:
-        """A sentence below the run button."""
-        fill(self.message, f'<div role="status">{tables.sentence(text) if text else ""}</div>')
+    def say(self, text: str, *, trouble: bool = False) -> None:
+        """A sentence below the run button; `trouble`: one that must not be overlooked."""
+        kind = 'role="alert" class="trouble"' if trouble else 'role="status"'
+        fill(self.message, f"<div {kind}>{tables.sentence(text)}</div>" if text else "")
 
     async def run(self, *_: Any) -> None:
         """Trace what the form holds; progress and trouble are said on the page."""
@@ -105,7 +109,7 @@ class Dashboard:
             asked.check(policy)
             run = worker.run(lambda report: asked.run(models, policy, report), self.owner)
         except LmttError as error:
-            self.say(str(error))
+            self.say(str(error), trouble=True)
             return
         self._run = run
         self.button.disabled, self.cancel.visible, self.progress.visible = True, True, True
@@ -117,11 +121,11 @@ class Dashboard:
         except CancelledError:
             self.say("The run was cancelled.")
         except LmttError as error:
-            self.say(str(error))
+            self.say(str(error), trouble=True)
         except MemoryError:
-            self.say("The run needs more memory than there is; trace a shorter prompt.")
+            self.say("The run needs more memory than there is; trace a shorter prompt.", trouble=True)
         except Exception as error:  # a defect of ours; the session and the server live on
-            self.say(f"The run failed: {type(error).__name__}: {error}")
+            self.say(f"The run failed: {type(error).__name__}: {error}", trouble=True)
             raise
         else:
             self.say("")
@@ -164,7 +168,7 @@ class Dashboard:
         try:
             shown = await asyncio.to_thread(read)
         except LmttError as error:
-            self.say(f"This run cannot be opened: {error}")
+            self.say(f"This run cannot be opened: {error}", trouble=True)
         else:
             self.say("")
             self.state.show(shown)
@@ -251,7 +255,10 @@ class Dashboard:
         """Fill the tab that is looked at, if what it shows has changed since."""
         name, state = TABS[self.tabs.active], self.state
         trace = state.trace
-        if trace is None or name in ("Details", "Save"):
+        if name in ("Details", "Save"):
+            return
+        if trace is None:
+            self.bodies[name][:] = [html(tables.sentence(NOTHING))]
             return
         body, start, dark = self.bodies[name], state.start, state.dark
         depends = {
@@ -344,10 +351,15 @@ class Dashboard:
         if event.new is not None and event.new is not self.state.shown:
             self.state.show(event.new)
 
-    async def _picked(self, *_: Any) -> None:
-        if self.state.picked and self.tabs.active != 0:
+    async def _picked(self, *changed: Any) -> None:
+        # Not for another theme, which would take readers from what they look at.
+        jump = self.state.picked and self.tabs.active != 0 and any(one.name == "picked" for one in changed)
+        if jump:
             self.tabs.active = 0
         await self.details.show(self.state.trace, self.state.picked, self.state.dark)
+        if jump and self.tabs.active == 0:
+            # Panel keeps this from a browser that has just told it of another tab.
+            self.tabs.param.trigger("active")
 
     # --- the page ---
 
@@ -418,6 +430,16 @@ _TABS = {
     "& .MuiTab-root.Mui-selected": {"color": "var(--text)", "fontWeight": 600},
     "& .MuiTabs-scrollButtons.Mui-disabled": {"display": "none"},
 }
+_OPTIONS = {
+    "& .MuiAccordion-root": {"boxShadow": "none", "border": "1px solid var(--line)", "borderRadius": "4px"},
+    "& .MuiAccordion-root::before": {"display": "none"},
+    "& .MuiAccordionSummary-root": {"minHeight": 40, "px": 1.75},
+    "& .MuiAccordionSummary-content": {"my": 0.75},
+    "& .MuiAccordionSummary-content .MuiTypography-root": {"fontSize": 14},
+    "& .MuiAccordionDetails-root": {"p": 0},
+    "& .MuiSvgIcon-root": {"color": "var(--muted)"},
+}
+_CANCEL = {"textTransform": "none", "fontWeight": 600}
 _OUTLINED = {"color": "var(--text)", "borderColor": "var(--node-line)", "textTransform": "none"}
 _CHOICE = {"& .MuiButtonBase-root": {"textTransform": "none", "whiteSpace": "nowrap", "py": 0.2}}
 _RIGHT = ":host { flex: 1 1 44%; min-width: 380px; height: 100%; overflow-x: hidden; }"

@@ -32,6 +32,7 @@ NEURONS = 8  # of an MLP
 LISTED = 10  # tokens of a lens
 QUICK = ("attention", "token")  # answered before a sign of work could be seen
 AS_ONE = "A sublayer that was not taken apart: it enters the route as one part."
+NOTHING = "What you click in the graph is shown here, once there is a run."
 HINT = (
     "Click something in the graph: an attention edge for its heads, a square for its neurons, "
     "a node for what the model would say there, a token for what it received and gave."
@@ -46,15 +47,15 @@ class Details:
         self._latest = 0
         self._made: dict[type, tuple[Trace, bool, Any]] = {}  # views of this run and theme
         self.pane = pn.Column(name="details", **WIDE)
-        self.pane[:] = [html(tables.sentence(HINT))]
+        self.pane[:] = [html(tables.sentence(NOTHING))]
 
     async def show(self, trace: Trace | None, picked: dict[str, Any], dark: bool) -> None:
         """Fill the pane for a pick; errors of the caller become a sentence there."""
         self._latest += 1
         mine = self._latest
         if trace is None or not picked:
-            whole = "" if trace is None else parts_as_one(trace)
-            self.pane[:] = [html(tables.sentence(HINT) + whole)]
+            said = tables.sentence(NOTHING) if trace is None else tables.sentence(HINT) + parts_as_one(trace)
+            self.pane[:] = [html(said)]
             return
         views = {
             "attention": self._attention, "mlp": self._mlp, "node": self._node,

@@ -4,7 +4,20 @@ import { RouteView } from "./view.mjs";
 
 const REMEMBERED_THEME = "lmtt-theme";
 
+/** A mend for Bokeh: a chart whose tab was left before it was laid out is measured all the same when the window is
+    resized; that failed, and took all tabs with it. Its turn comes when the tab is looked at again. */
+function spareUnlaid() {
+  const plot = window.Bokeh?.Models?.get?.("Plot")?.prototype.default_view?.prototype;
+  if (!plot || plot.lmttSpared) return;
+  plot.lmttSpared = true;
+  for (const step of ["_measure_layout", "_after_layout"]) {
+    const original = plot[step];
+    plot[step] = function () { if (this.layout) original?.call(this); };
+  }
+}
+
 export function render({ model }) {
+  spareUnlaid();
   // The page's first part may have drawn this run already; its view moves here with all that was done to it.
   const front = window.lmttFront;
   const drawn = front && !front.taken && front.digest === model.opened && !model.store?.byteLength;

@@ -123,12 +123,13 @@ def listen(settings: Settings, shared: Server) -> Any:
     """
     import panel as pn
 
-    from lmtt.viz import front, writes
+    from lmtt.viz import front, styles, writes
     from lmtt.viz.app import Dashboard
 
     pn.extension(notifications=True, reconnect=True, disconnect_notification=LOST)
     front.install()
     writes.mend()
+    styles.mend()
 
     def session() -> Any:
         dashboard = Dashboard(shared, uuid.uuid4().hex, pn.state.headers.get(front.HELD, ""))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmtt.graph.routes import route
+from lmtt.graph.text import token_label
 from lmtt.trace import Trace
 from lmtt.viz.models import DEMO, Models
 from lmtt.viz.state import Policy
@@ -75,6 +76,18 @@ class Person:
         x, y = self.view(script, meaning)
         box = self.page.locator(".rv-canvas").bounding_box()
         self.page.mouse.click(box["x"] + x, box["y"] + y)
+
+    def cell(self, row, column):
+        """Where a cell of the heat map is that is looked at."""
+        script = """([row, column]) => {
+          const shown = (v) => v.model.renderers?.some((r) => r.name === 'cells');
+          for (const v of Bokeh.index.query(shown)) {
+            const box = v.canvas_view.el.getBoundingClientRect();
+            const [x, y] = [v.frame.x_scale.compute(column), v.frame.y_scale.compute(row)];
+            if (box.width) return [box.x + x, box.y + y];
+          }
+        }"""
+        return self.page.evaluate(script, [row, column])
 
     def expect(self, text):
         self.page.get_by_text(text).first.wait_for(timeout=60_000)
@@ -164,8 +177,13 @@ def test_one_person_sees_nothing_of_another_and_waits_in_no_line_to_look(watched
     other.tab("Details")
     assert "4711" not in other.page.content()
     assert other.page.get_by_text("4711").count() == 0
-    one.page.get_by_role("button", name="Cancel").click()
+    cancel = one.page.get_by_role("button", name="Cancel")
+    assert cancel.evaluate("(e) => getComputedStyle(e).color") == "rgb(211, 47, 47)", "red, as what stops"
+    cancel.click()
     one.expect("The run was cancelled.")
+    cancel.wait_for(state="hidden")
+    assert one.page.get_by_role("button", name="Trace", exact=True).is_enabled()
+    assert one.view("v.store.tokens") < 20, "the run before is still shown"
     other.trace("Hello")
     other.wait_for_graph()
 
@@ -213,6 +231,80 @@ def test_a_slider_move_sends_next_to_nothing(watched, serving, hostile_trace):
         one.page.locator(".rv-slider").fill(value)
     one.page.wait_for_timeout(1000)
     assert 0 < sum(sent) < 4000, "a few hundred bytes once it came to rest"
+
+
+@pytest.mark.model
+def test_cells_of_the_lens_can_be_read_pointed_at_and_clicked(watched, serving, models, demo_engine):
+    """As many columns as can be read, the last ones first; the strip shows that there are more."""
+    text = (
+        "The old lighthouse keeper told the children that the storm would reach the harbour before night fell"
+    )
+    trace = demo_engine.trace(text)
+    T = len(trace.tokens)
+    one = Person(watched, serving(models, trace)).wait_for_graph()
+    one.tab("Lens")
+    one.expect("Click a cell for its whole list.")
+    one.page.wait_for_timeout(1500)
+    seen, words, strip = one.page.evaluate("""() => {
+      const plots = Bokeh.index.query((v) => v.model.renderers?.some((r) => r.name === 'cells'));
+      const plot = [...plots][0].model, written = plot.renderers[1].data_source.data.word;
+      const small = [...Bokeh.index.query((v) => v.model.toolbar?.tools.some((t) => t.type === 'RangeTool'))];
+      return [[plot.x_range.start, plot.x_range.end], Array.from(written), small[0].model.visible];
+    }""")
+    assert 10 <= seen[1] - seen[0] < T
+    assert seen[1] == T - 0.5
+    assert strip
+    says = trace.lens(29, T - 1, k=1)[0]
+    assert token_label(says.token).startswith(words[-1].rstrip("…"))
+    one.page.mouse.move(*one.cell(29, T - 1))
+    one.expect(f"{says.probability:.4f}")
+    one.page.mouse.click(*one.cell(28, T - 2))
+    one.expect("the model would say here")
+    one.expect("after layer 28")
+    one.expect(f"{trace.lens(28, T - 2, k=1)[0].probability:.1%}")
+
+
+@pytest.mark.model
+def test_generated_text_is_shown_and_each_of_its_tokens_can_be_traced(watched, serving, models, demo_engine):
+    one = Person(watched, serving(models))
+    made = demo_engine.generate(PROMPT, max_new_tokens=3)
+    one.page.get_by_role("button", name="Options").click()
+    one.page.get_by_label("Output tokens to generate").fill("3")
+    one.page.keyboard.press("Tab")
+    one.trace(PROMPT)
+    one.wait_for_graph()
+    assert one.view("[v.store.tokens, v.position]") == [len(made.trace.tokens), made.prompt - 1]
+    one.tab("Output")
+    one.expect("what the whole output rests on in the prompt")
+    one.page.locator(".lmtt p", has_text=made.text.strip().splitlines()[0]).wait_for()
+    one.expect(f"{made.through.tokens.mean(0).max():.1%}")
+    one.page.wait_for_timeout(1000)
+    one.page.mouse.move(*one.cell(1, 0))
+    one.expect(f"{made.shares[1, 0]:.4f}")
+    one.page.mouse.click(*one.cell(1, 0))  # rows run upwards: the second of the three
+    one.page.wait_for_url(f"**position={made.prompt}*")
+    assert one.view("v.position") == made.prompt
+
+
+@pytest.mark.model
+def test_tabs_that_are_left_before_they_are_drawn_stay_whole(watched, serving, models, traced):
+    """Their charts are filled out of sight; then window and theme change, and they are looked at."""
+    one = Person(watched, serving(models, traced)).wait_for_graph()
+    for n, name in enumerate(("Heads", "Lens", "Heads")):
+        one.tab(name)
+        one.page.wait_for_timeout(200)
+        one.view("v.options.onPick(a)", {"kind": "token", "position": n})
+        one.expect("received: strongest attention edges into it")
+        one.page.wait_for_timeout(900)
+        one.page.set_viewport_size({"width": 1320 - 20 * n, "height": 900})
+        one.page.wait_for_timeout(300)
+        one.page.emulate_media(color_scheme="light" if n % 2 else "dark")
+        one.tab(name)
+        one.page.wait_for_timeout(600)
+        one.page.set_viewport_size({"width": 1240 + 20 * n, "height": 900})
+        one.page.wait_for_timeout(600)
+        assert one.page.get_by_role("tab").count() == 7
+        assert one.page.get_by_role("tab", name=name).get_attribute("aria-selected") == "true"
 
 
 def hold_back(page, held):

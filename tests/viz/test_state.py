@@ -319,6 +319,17 @@ def test_no_message_to_a_browser_is_left_lying():
     assert sent == ["late"]
 
 
+def test_a_pane_that_nobody_sees_asks_nobody_outside_for_its_styles():
+    """As one that is filled again while another tab is looked at: it belongs to no document then."""
+    from lmtt.viz import styles
+
+    styles.mend()
+    sheets = panes.html("x")._get_properties(None)["stylesheets"]
+    addresses = [sheet.url for sheet in sheets if hasattr(sheet, "url")]
+    assert addresses
+    assert not [address for address in addresses if address.startswith("http")]
+
+
 def test_a_run_without_a_model_is_a_sentence(server):
     dashboard = Dashboard(server, "a")
     finished(dashboard.run())
