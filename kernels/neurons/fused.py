@@ -88,6 +88,7 @@ LEAST = tl.constexpr(-(1 << 63))
 LAST = tl.constexpr((1 << 31) - 1)
 BLOCK = 1024  # neurons of a row that `_best` looks at together
 SEARCHED_BYTES = 64  # of a neuron of a row that is searched: bound, value, masks, and what sorting takes
+LEAST_EXACT = 1 << 10  # neurons evaluated at once, whatever the workspace: fewer leave a device idle
 MOST_BEST = 128  # k up to which it does: larger ones are found by `_Scored`
 
 
@@ -278,7 +279,7 @@ class _Scored:
 
     def make_exact(self, n: Tensor, r: Tensor) -> None:
         """Evaluate neurons n of rows r, sorted by neuron, int64 [N] each."""
-        for some in pieces(len(r), max(1, self.task.workspace // 4 // LISTED_BYTES)):
+        for some in pieces(len(r), max(LEAST_EXACT, self.task.workspace // 4 // LISTED_BYTES)):
             rows, neurons = r[some], n[some]
             self.values[rows, neurons] = self.evaluate(
                 self.w_down,

@@ -265,7 +265,7 @@ def evaluate_list(
     out = torch.empty(len(u_row), dtype=torch.float32, device=u.device)
     if len(out) == 0:
         return out
-    bl, bd = (16, 32) if interpreted() else (LIST_PAIRS, LIST_DEPTH)
+    bl, bd = (256, 32) if interpreted() else (LIST_PAIRS, LIST_DEPTH)
     _evaluate[(triton.cdiv(len(out), bl),)](
         u, u_row, row, coefficient, whole, out, len(out), whole.shape[1], BL=bl, BD=bd, num_warps=4
     )
@@ -352,10 +352,10 @@ def coefficients(chunk: Chunk, listed: Listed) -> tuple[Tensor, Tensor]:
     """row_scale[i] * A[h, i, j] and g of listed pairs, float32 [N] each."""
     a, towards = chunk.task.attention, chunk.towards
     c, g = torch.empty(2, len(listed.row), dtype=torch.float32, device=listed.row.device)
-    width = a.v.shape[2]
-    _coefficients[(triton.cdiv(len(c), COEFFICIENT_PAIRS),)](
+    width, bl = a.v.shape[2], 256 if interpreted() else COEFFICIENT_PAIRS
+    _coefficients[(triton.cdiv(len(c), bl),)](
         lse=chunk.lse, rows=chunk.rows.int(), pair_head=listed.head, pair_source=listed.source,
-        pair_row=listed.row, out=c, out_g=g, pairs=len(c), heads=a.heads, BL=COEFFICIENT_PAIRS,
+        pair_row=listed.row, out=c, out_g=g, pairs=len(c), heads=a.heads, BL=bl,
         v=chunk.of.v, w=towards.w, w_low=towards.w_low, unit=towards.unit,
         E_V=width, BE_V=depth_step(width), SPLIT=chunk.of.split,
         row_scale=c if a.row_scale is None else a.row_scale.contiguous(), ROW_SCALE=a.row_scale is not None,
