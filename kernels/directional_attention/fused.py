@@ -249,14 +249,23 @@ def directional_attention(
 
 
 def launch_tiles(
-    of: Operands, lse: Tensor, rows: Tensor, towards: Directions, out: Tensor, reduce: Reduce
+    of: Operands,
+    lse: Tensor,
+    rows: Tensor,
+    towards: Directions,
+    out: Tensor,
+    reduce: Reduce,
+    positive: bool = False,
 ) -> None:
-    """The tile pass alone, given W_O r and the log-sum-exp: consecutive rows (int64 [R]) of `out`."""
+    """The tile pass alone, given W_O r and the log-sum-exp: consecutive rows (int64 [R]) of `out`.
+
+    positive : of sums over sources, add the positive contributions only.
+    """
     heads, tokens = of.attention.q.shape[:2]
     arguments = tile_arguments(of, lse, rows.int(), towards)
     blocks = triton.cdiv(len(rows), of.tile.BM)
     if reduce == "sources":
-        _row_sums[(blocks, heads)](out=out, POSITIVE=False, **arguments)
+        _row_sums[(blocks, heads)](out=out, POSITIVE=positive, **arguments)
         return
     inside = of.inside if reduce == "heads" else 0
     if inside:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +11,15 @@ import torch
 from torch import Tensor
 
 from lmtt.kernels import registry
+from lmtt.kernels.backends import triton_backend
+from lmtt.kernels.triton_host import interpreted
 from lmtt.kernels.types import Attention, AttentionTask, NeuronTask
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where the kernels run; a test that needs it is skipped where they cannot."""
-    if INTERPRETED:
+    if interpreted():
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("no GPU, and TRITON_INTERPRET is not 1 (test_layers.py runs these again with it)")
@@ -35,6 +34,13 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     return name
+
+
+@pytest.fixture
+def triton(device: str) -> None:
+    """For tests that look inside the Triton backend: skipped where it cannot run."""
+    if (reason := triton_backend.available()) is not None:
+        pytest.skip(f"triton: {reason}")
 
 
 def moved(x: Any, device: str, dtype: torch.dtype | None = None) -> Any:
@@ -80,6 +86,16 @@ def summing(task: AttentionTask) -> AttentionTask:
     return replace(task, whole=(task.resid_pre.double() + written + bias).to(task.whole.dtype))
 
 
+def direction(T: int, D: int, dtype: torch.dtype) -> Tensor:
+    """A random direction of each destination, [T, D]."""
+    return torch.randn(T, D, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def exact(task: AttentionTask | NeuronTask) -> Any:
+    """The task in float64, every part of it to be evaluated: what the reference is asked for."""
+    return replace(moved(task, "cpu", torch.float64), screen=0.0)
+
+
 def neurons(T: int, F: int, D: int, *, dtype: torch.dtype = torch.float32, **options: Any) -> NeuronTask:
     """A task with activations most of which are small."""
     random = torch.Generator().manual_seed(T + F)
@@ -92,4 +108,6 @@ def neurons(T: int, F: int, D: int, *, dtype: torch.dtype = torch.float32, **opt
 
 @pytest.fixture(scope="session")
 def case() -> SimpleNamespace:
-    return SimpleNamespace(attention=attention, neurons=neurons, moved=moved, summing=summing)
+    return SimpleNamespace(
+        attention=attention, neurons=neurons, direction=direction, moved=moved, exact=exact, summing=summing
+    )
