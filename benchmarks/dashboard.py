@@ -1,8 +1,10 @@
 """What the dashboard costs in a browser: headless Chromium, software rasterisation, medians.
 
     python benchmarks/dashboard.py [--moves 15] [--only file served] [--out FILE.json]
+    python benchmarks/dashboard.py --docs     # nothing is measured: the stored report into docs/dashboard.md
 
-About four minutes on two quiet cores. Status 1 if a limit is missed.
+About four minutes on two quiet cores. Status 1 if a limit is missed. A whole measurement that goes to the
+usual place is written into docs/dashboard.md as well.
 
 1. Traces without a model are made up at two sizes: 141 tokens x 30 layers, and 1024 x 80 with 500,000 edges.
 2. As a file: bytes, load to a usable view, `frame` of slider moves, starts and pans, heap.
@@ -55,6 +57,8 @@ RUN_SECONDS = 30.0  # of the run that goes on beside somebody's clicks; it is ca
 LOADS = 10
 FIRST = 2  # clicks that are not counted: they load the charts' code
 OUT = Path(__file__).with_name("results") / "dashboard.json"
+DOCS = Path(__file__).parents[1] / "docs" / "dashboard.md"
+MARKERS = ("<!-- figures -->", "<!-- end of figures -->")  # what is between them in DOCS is written here
 
 
 # --- traces without a model ---
@@ -371,12 +375,50 @@ def show(name: str, groups: dict[str, dict[str, float]]) -> None:
         print(f"{name:10} {group:12} {line}", flush=True)
 
 
+def table(report: dict[str, Any]) -> str:
+    """The figures that have a limit, as Markdown."""
+    lines = ["| run | view | figure | measured | limit |", "|---|---|---|---:|---:|"]
+    for run, groups in report["figures"].items():
+        for view, figures in groups.items():
+            for what, value in figures.items():
+                if what in report["limits"]:
+                    late = "" if value <= report["limits"][what] else " **missed**"
+                    lines.append(
+                        f"| {run} | {view} | {what} | {value:,.4g}{late} | {report['limits'][what]:g} |"
+                    )
+    stretch = [f["stretch"] for g in report["figures"].values() for f in g.values() if "stretch" in f]
+    busy = f"; `stretch` was at most {max(stretch):.2f}" if stretch else ""
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Chromium {report['chromium']}, {report['processors']} processors ({report['machine']}), "
+            f"software rasterisation; medians of {report['medians_of']}, of loads {report['loads']}{busy}. "
+            "`python benchmarks/dashboard.py` measures and writes this.",
+        ]
+    )
+
+
+def write_docs(report: dict[str, Any], path: Path) -> None:
+    """The table in place of what is between the markers."""
+    before, _, rest = path.read_text("utf-8").partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    path.write_text(f"{before}{MARKERS[0]}\n\n{table(report)}\n\n{MARKERS[1]}{after}", "utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--moves", type=int, default=15)
     parser.add_argument("--only", nargs="*", choices=("file", "served"), default=["file", "served"])
     parser.add_argument("--out", type=Path, default=OUT, help="%(default)s")
+    parser.add_argument("--docs", action="store_true", help="only write the stored report into the docs")
     options = parser.parse_args()
+    if options.docs:
+        if not options.out.is_file():
+            print(f"{options.out} does not exist: measure first, without --docs", file=sys.stderr)
+            return 2
+        write_docs(json.loads(options.out.read_text()), DOCS)
+        return 0
     chromium = shutil.which("chromium")
     if chromium is None:
         print("this needs Chromium", file=sys.stderr)
@@ -404,6 +446,8 @@ def main() -> int:
     }  # fmt: skip
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if options.out == OUT and len(options.only) == 2:
+        write_docs(report, DOCS)
     return 1 if late else 0
 
 
