@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HELD = "Lmtt-Front"  # header by which the session's own code hears which store its page holds already
 _SHARED = "lmtt_shared"  # in the settings of a server of ours
+_HOSTS = "lmtt_hosts"
 
 
 class Front(panel_server.DocHandler):  # type: ignore[misc] # panel ships no types
@@ -42,7 +43,10 @@ class Front(panel_server.DocHandler):  # type: ignore[misc] # panel ships no typ
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """The page."""
         shared: Server | None = self.application.settings.get(_SHARED)
-        if shared is not None and shared.opened is not None and not config.authorize_callback:
+        # A page of somebody else's whose name was made to mean this machine could read what it is answered;
+        # what follows comes by a websocket, which such a page is refused.
+        ours = re.sub(r":\d+$", "", self.request.host).lower() in self.application.settings.get(_HOSTS, ())
+        if ours and shared is not None and shared.opened is not None and not config.authorize_callback:
             store = shared.opened.store
             self.set_header("Content-Type", "text/html; charset=UTF-8")
             self.set_header("Cache-Control", "no-store")
@@ -65,9 +69,10 @@ def install() -> None:
     ]
 
 
-def share(server: Any, shared: Server) -> None:
-    """Tell a server which run its pages begin with."""
+def share(server: Any, shared: Server, hosts: frozenset[str]) -> None:
+    """Tell a server which run its pages begin with, if it is called by one of these names."""
     server._tornado.settings[_SHARED] = shared
+    server._tornado.settings[_HOSTS] = hosts
 
 
 @cache

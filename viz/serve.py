@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import sys
 import uuid
@@ -59,6 +60,17 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """Names by which browsers may call this server, without ports."""
+        own = {"localhost", LOOPBACK, "[::1]"} if self.loopback else set()
+        return frozenset(own | {host_name(origin) for origin in self.origins})
+
+    @property
+    def private(self) -> bool:
+        """Nobody but this machine's own people can come in, by no proxy either."""
+        return self.loopback and self.hosts <= {"localhost", LOOPBACK, "[::1]"}
 
     def check(self) -> None:
         """InputError for anything that would serve more than was meant."""
@@ -148,9 +160,14 @@ def listen(settings: Settings, shared: Server) -> Any:
             f"cannot serve on {settings.host}:{port}: {error.strerror}", remedy="choose another --port"
         ) from None
     sys.setswitchinterval(SWITCH)
-    front.share(server, shared)
+    front.share(server, shared, settings.hosts)
     server.start()
     return server
+
+
+def host_name(host: str) -> str:
+    """HOST of HOST or HOST:PORT, in lower case; an IPv6 address keeps its brackets."""
+    return re.sub(r":\d+$", "", host).lower()
 
 
 def _free_port(host: str) -> int:
@@ -188,7 +205,7 @@ def _shared(settings: Settings, worker: Worker) -> Server:
                 f"{models.names[0]} did not make this run, or the run was kept light",
                 remedy="leave --model out to look at it without its model",
             )
-    policy = Policy(settings.loopback, settings.max_tokens, settings.max_waiting)
+    policy = Policy(settings.private, settings.max_tokens, settings.max_waiting)
     return Server(models, worker, policy, first)
 
 

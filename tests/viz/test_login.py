@@ -131,6 +131,18 @@ def test_the_server_stops_who_guesses(serving):
     assert "user" not in (headers["Set-Cookie"] or "")
 
 
+def test_a_page_of_another_name_is_not_given_the_run(serving):
+    """As after a name of somebody else's was made to mean this machine (DNS rebinding)."""
+    from lmtt.graph.testing import random_trace
+    from lmtt.trace import Trace
+
+    address = serving(no_models(), Trace(random_trace(4)))
+    for host, given in (("127.0.0.1:1", True), ("evil.example", False)):
+        request = urllib.request.Request(address, headers={"Host": host})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            assert ("lmtt-front" in reply.read().decode()) is given
+
+
 def test_oauth_sends_people_to_the_provider(serving):
     oauth = OAuth("github", "our-client-id", "s", ("ada",), "https://lab.example/login")
     address = serving(no_models(), oauth=oauth)

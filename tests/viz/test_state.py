@@ -113,6 +113,13 @@ def test_this_machine_alone_is_the_default():
     assert open_.allowed(5006) == ["lab.example:5006"], "nobody's localhost is an origin of an open server"
 
 
+def test_behind_a_proxy_nobody_names_files():
+    assert Settings(origins=("localhost:8000", "[::1]:9")).private
+    assert not Settings(origins=("lab.example",)).private
+    assert not Settings(host="0.0.0.0", origins=("localhost:5006",)).private
+    assert Settings(origins=("Lab.example:80",)).hosts == {"localhost", "127.0.0.1", "[::1]", "lab.example"}
+
+
 def test_a_run_is_told_from_a_model(tmp_path):
     Trace(random_trace(1)).save(tmp_path / "run")
     assert is_run(str(tmp_path / "run"))
