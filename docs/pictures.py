@@ -59,7 +59,7 @@ def serve(trace: Any, engine: Any) -> str:
 def dashboard(page: Page, address: str, folder: Path, scheme: str, tabs: tuple[str, ...]) -> None:
     """The details of an edge, and each tab."""
     page.goto(address)
-    page.wait_for_selector(f"html[data-theme={scheme}] .rv-canvas")
+    page.wait_for_selector(f"html[data-theme={scheme}] [data-ready][data-session] .rv-canvas")
     page.locator(".rv").evaluate(STRONGEST)
     page.get_by_text("what head").first.wait_for(timeout=120_000)
     page.wait_for_timeout(1500)
