@@ -377,6 +377,23 @@ def test_a_lost_connection_is_said_and_the_graph_goes_on(watched, serving, hosti
     one.page.get_by_text(f"{expected:,} edges above 0.2").wait_for()
 
 
+def test_two_tabs_of_one_browser_have_a_state_each(watched, serving, hostile_trace):
+    address = serving(no_models(), Trace(hostile_trace))
+    one = Person(watched, address).wait_for_graph()
+    second = one.page.context.new_page()
+    second.goto(address)
+    second.wait_for_selector(READY, timeout=60_000)
+    one.view("v.trace(3)")
+    one.page.wait_for_url("**position=3**")
+    one.view("v.options.onPick(a)", {"kind": "token", "position": 2})
+    one.expect("received: strongest")
+    assert second.locator(".rv").evaluate("(root) => root.view.position") == len(hostile_trace.tokens) - 1
+    assert second.get_by_text("received: strongest").count() == 0
+    one.page.close()
+    second.locator(".rv").evaluate("(root) => root.view.options.onPick({kind: 'token', position: 1})")
+    second.get_by_text("received: strongest").wait_for()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_theme_follows_the_system_until_it_is_switched(watched, serving, hostile_trace, scheme):
     other = {"light": "dark", "dark": "light"}[scheme]
