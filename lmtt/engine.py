@@ -416,6 +416,7 @@ class Engine:
         clock.begin("lens")
         predictions, choice = self._predict(prompt.input_ids, run.hidden, run.calls)
         run.log.choices[choice.op] = choice
+        run.log.notices += [f"{choice.op}: {note}" for note in choice.notes]
         self._weights.meter.mark("predictions")
         tail = Tail(
             tokens=prompt.tokens,

@@ -83,9 +83,9 @@ def test_what_was_said_before_an_interruption_is_in_the_cost_of_the_resumed_run(
     engine.trace(input_ids=ids, out=tmp_path / "quiet", keep="light")
 
     def aloud(plain):
-        def said(task):
+        def said(*args, **options):
             notices.say("out of device memory; going on with less")
-            return plain(task)
+            return plain(*args, **options)
 
         return said
 
@@ -100,9 +100,12 @@ def test_what_was_said_before_an_interruption_is_in_the_cost_of_the_resumed_run(
                 patch.setattr(module, "attention_contributions", aloud(module.attention_contributions))
         with pytest.warns(RuntimeWarning, match="out of device memory"), pytest.raises(KeyboardInterrupt):
             engine.trace(input_ids=ids, out=tmp_path / "run", keep="light", progress=stop)
-    trace = engine.trace(input_ids=ids, out=tmp_path / "run", keep="light", resume=True)
-    said = "attention_contributions: out of device memory; going on with less"
-    assert trace.cost["notices"] == [f"layer 0: {said}", f"layer 1: {said}"]
+    monkeypatch.setattr(reference_backend, "unembed_topk", aloud(reference_backend.unembed_topk))
+    with pytest.warns(RuntimeWarning, match="out of device memory"):
+        trace = engine.trace(input_ids=ids, out=tmp_path / "run", keep="light", resume=True)
+    said = "out of device memory; going on with less"
+    layers = [f"layer {layer}: attention_contributions: {said}" for layer in (0, 1)]
+    assert trace.cost["notices"] == [*layers, f"unembed_topk: {said}"]
     assert lmtt.open(tmp_path / "run").cost["notices"] == trace.cost["notices"]
     resumed, quiet = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != "cost.json"}
