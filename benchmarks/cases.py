@@ -265,6 +265,19 @@ def cut(case: Case, tokens: int) -> Case:
     )
 
 
+def as_stored(case: Case) -> Case:
+    """The same case with weights as linear layers store them, [out, in], which is how a trace has them."""
+    attention, neurons = case.attention.attention, case.neurons
+    heads, width, d_model = attention.w_o.shape
+    w_o = attention.w_o.reshape(heads * width, d_model).t().contiguous().t()
+    attention = replace(attention, w_o=w_o.unflatten(0, (heads, width)))
+    return replace(
+        case,
+        attention=replace(case.attention, attention=attention),
+        neurons=replace(neurons, w_down=neurons.w_down.t().contiguous().t()),
+    )
+
+
 def nothing_to_skip(task: AttentionTask) -> AttentionTask:
     """The same task with a zero in every 16 coordinates of `whole`, so that no part lies within all of them.
 

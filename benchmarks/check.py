@@ -96,7 +96,10 @@ def _pairs(figures: Figures, T: int) -> Iterator[tuple[str, list[list[float]], l
         ours = figures.get("attention", "ours", T, screen)
         for peer, words in (("plain_torch", "plain torch"), ("materialised", "materialised")):
             theirs = figures.get("attention", peer, T)
-            if ours is not None and theirs is not None:
+            turns = figures.turns(peer, T, screen)
+            if turns[0]:
+                yield f"attention, screen {said} / {words}", *turns
+            elif ours is not None and theirs is not None:
                 yield f"attention, screen {said} / {words}", *_common(ours, theirs)
     neurons = figures.get("neurons", "ours", T, 1e-3)
     if neurons is not None and forward is not None:

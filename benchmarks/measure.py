@@ -31,6 +31,7 @@ ENOUGH_CALLS = 7
 WARM_UP_TOKENS = 16
 PAIRED_TOKENS = (256, 512, 1024)  # lengths at which traces and plain forwards take turns
 PAIRS = 5
+ROUNDS, OURS_IN_A_ROUND = 3, 3  # of methods that take turns
 PATCHES = 6  # forward passes sampled for the price of activation patching
 OUT_OF_MEMORY = "out of memory"
 
@@ -39,7 +40,7 @@ OUT_OF_MEMORY = "out of memory"
 class Figure:
     """What to measure. `folder` holds what `prepare` wrote."""
 
-    what: str  # attention | neurons | forward | everything | patching
+    what: str  # attention | turns | neurons | forward | everything | patching
     method: str  # who does it: ours, a peer, or a variant ("all" or "last" logits of a forward)
     tokens: int
     folder: str
@@ -119,31 +120,65 @@ def summary(result: Any) -> Any:
 
 def measure_attention(figure: Figure) -> dict[str, Any]:
     """Attention contributions of all heads, layer by layer."""
+    return _by_layer(figure, lambda case: _attention(case, figure.method, figure.screen, figure.chunks))
+
+
+def _attention(
+    case: Any, method: str, screen: float | None, chunks: tuple[int, int] | None
+) -> Callable[[], Any]:
+    """What is timed: one layer's attention contributions by one method."""
     import cases
     import peers
 
     from lmtt.kernels import registry
 
-    def prepared(case: cases.Case) -> Callable[[], Any]:
-        task = case.attention
-        match figure.method:
-            case "ours" | "ours, nothing skipped":
-                assert figure.screen is not None
-                given = task if figure.method == "ours" else cases.nothing_to_skip(task)
-                screened = replace(given, screen=figure.screen)
-                return lambda: registry.run("attention_contributions", screened)[0]
-            case "flashtrace":
-                assert figure.chunks is not None
-                return peers.flashtrace(case, figure.chunks)
-            case peer:
-                function = {
-                    "plain_torch": peers.plain_torch,
-                    "materialised": peers.materialised,
-                    "compiled_torch": peers.compiled_torch,
-                }[peer]
-                return lambda: function(task)
+    match method:
+        case "ours" | "ours, nothing skipped":
+            assert screen is not None
+            task = cases.as_stored(case).attention
+            given = task if method == "ours" else cases.nothing_to_skip(task)
+            screened = replace(given, screen=screen)
+            return lambda: registry.run("attention_contributions", screened)[0]
+        case "flashtrace":
+            assert chunks is not None
+            return peers.flashtrace(case, chunks)
+        case peer:
+            function = {
+                "plain_torch": peers.plain_torch,
+                "materialised": peers.materialised,
+                "compiled_torch": peers.compiled_torch,
+            }[peer]
+            return lambda: function(case.attention)
 
-    return _by_layer(figure, prepared)
+
+def measure_turns(figure: Figure) -> dict[str, Any]:
+    """Ours, plain torch and FlashTrace at its best chunks take turns on the same layers.
+
+    A shared machine is faster now and slower then, and what is measured minutes apart has that in its ratio.
+    """
+    import cases
+
+    layers = []
+    for layer in figure.layers:
+        path = Path(figure.folder) / f"layer-{layer}.safetensors"
+        case = cases.load(path, figure.tokens)
+        calls = {
+            "ours 0.001": _attention(case, "ours", 1e-3, None),
+            "ours 0": _attention(case, "ours", 0.0, None),
+            "plain_torch": _attention(case, "plain_torch", None, None),
+        }
+        if figure.chunks is not None:
+            calls["flashtrace"] = _attention(case, "flashtrace", None, figure.chunks)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(ROUNDS + 1):  # the first is not counted
+            for name, call in calls.items():
+                for _ in range(OURS_IN_A_ROUND if name.startswith("ours") else 1):
+                    start = time.perf_counter()
+                    call()
+                    if number:
+                        seconds[name].append(time.perf_counter() - start)
+        layers.append({"layer": layer, "turns": seconds})
+    return {"by_layer": layers}
 
 
 def measure_neurons(figure: Figure) -> dict[str, Any]:
@@ -154,7 +189,7 @@ def measure_neurons(figure: Figure) -> dict[str, Any]:
 
     def prepared(case: cases.Case) -> Callable[[], Any]:
         assert figure.screen is not None
-        task = replace(case.neurons, screen=figure.screen)
+        task = replace(cases.as_stored(case).neurons, screen=figure.screen)
         return lambda: registry.run("neuron_contributions", task)[0]
 
     return _by_layer(figure, prepared)
@@ -362,6 +397,7 @@ def save_model(model: Any, folder: Path) -> None:
 
 FIGURES: dict[str, Callable[[Figure], dict[str, Any]]] = {
     "attention": measure_attention,
+    "turns": measure_turns,
     "neurons": measure_neurons,
     "forward": measure_forward,
     "everything": measure_everything,

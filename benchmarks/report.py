@@ -77,12 +77,28 @@ class Figures:
         return min(found, key=seconds_of) if found else None  # of FlashTrace's chunkings the fastest
 
     def faster(self, peer: str, tokens: int, screen: float) -> float | None:
-        """How many times faster ours is than a peer, on the layers that both were measured on."""
+        """How many times faster ours is than a peer, on the layers that both were measured on; by calls that
+        took turns where there are any."""
+        own, other = self.turns(peer, tokens, screen)
+        if own:
+            return mean(map(median, other)) / mean(map(median, own))
         theirs, ours = self.get("attention", peer, tokens), self.get("attention", "ours", tokens, screen)
         if theirs is None or ours is None:
             return None
         common = {one["layer"] for one in theirs["by_layer"]} & {one["layer"] for one in ours["by_layer"]}
         return layer_seconds(theirs, common) / layer_seconds(ours, common) if common else None
+
+    def turns(self, peer: str, tokens: int, screen: float) -> tuple[list[list[float]], list[list[float]]]:
+        """Seconds of ours and of a peer that took turns, by layer; both empty where they did not."""
+        name = f"ours {screen:g}"
+        layers = [
+            one["turns"]
+            for record in self.records
+            if (record["what"], record["tokens"]) == ("turns", tokens)
+            for one in record["by_layer"]
+            if {name, peer} <= one["turns"].keys()
+        ]
+        return [one[name] for one in layers], [one[peer] for one in layers]
 
     def of_forward(
         self, tokens: int, screen: float | None, head: str, field: str = "attribution"
@@ -225,6 +241,9 @@ def brief(record: Record) -> str:
     """One record as a cell of a table."""
     if record["status"] != "ok":
         return str(record["status"])
+    if record["what"] == "turns":
+        layers = [one["turns"] for one in record["by_layer"]]
+        return ", ".join(f"{name} {duration(mean(median(x[name]) for x in layers))}" for name in layers[0])
     if record["what"] == "everything":
         return f"{duration(median(record['attribution']))} of {duration(median(record['seconds']))}"
     return duration(seconds_of(record))

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,6 +48,7 @@ LONGEST_EVERYTHING_DEFAULT = 2048
 LONGEST_EVERYTHING_EXACT = 4096
 PATCHING_TOKENS = (64, 256, 1024)
 
+TURNS_TOKENS = (256, 512, 1024)  # where ours and its peers take turns, too
 DENSE_TOKENS = (256, 1024)  # where kernels are held to the ceiling
 
 
@@ -76,6 +77,8 @@ def plan(
             yield Figure("attention", "compiled_torch", **peer)
         for chunks in FLASHTRACE_CHUNKS:
             yield Figure("attention", "flashtrace", chunks=chunks, **peer)
+        if T in TURNS_TOKENS:
+            yield Figure("turns", "attention", **shared)
         yield Figure("forward", "last", **shared)
         yield Figure("forward", "all", **shared)
         yield Figure("everything", "ours", screen=1e-3, **shared)
@@ -153,7 +156,9 @@ def child(request: dict[str, Any], threads: int) -> tuple[Record, str]:
 def measure_all(figures: Sequence[Figure], only: Sequence[str]) -> list[Record]:
     """Do the figures one after another, saying so on stderr."""
     records: list[Record] = []
-    for number, figure in enumerate(figures, 1):
+    for number, planned in enumerate(figures, 1):
+        turns = planned.what == "turns"
+        figure = replace(planned, chunks=best_chunks(records)) if turns else planned
         name = label(figure)
         if only and not any(wanted in name for wanted in only):
             continue

@@ -190,6 +190,46 @@ def test_every_planned_figure_can_be_measured(folder: Path) -> None:
         assert all((one["evaluated"] > 0) is evaluated for one in ours["by_layer"])
 
 
+def test_what_takes_turns_is_judged_by_its_turns(folder: Path) -> None:
+    import check
+    import measure
+    import report
+
+    figure = measure.Figure("turns", "attention", 40, str(folder), (0, 1), 1)
+    result = measure.measure_turns(figure)
+    layers = [one["turns"] for one in result["by_layer"]]
+    calls = {"ours 0.001": 9, "ours 0": 9, "plain_torch": 3}  # FlashTrace was given no chunks
+    assert [{name: len(seconds) for name, seconds in one.items()} for one in layers] == [calls, calls]
+    assert all(second > 0 for one in layers for seconds in one.values() for second in seconds)
+
+    def seconds(ours: float, theirs: float) -> dict[str, list[float]]:
+        return {"ours 0.001": [ours] * 3, "plain_torch": [theirs]}
+
+    turns = [{"layer": n, "turns": seconds(*pair)} for n, pair in enumerate([(1.0, 10.0), (3.0, 50.0)])]
+    figures = report.Figures(
+        [
+            record("attention", "ours", 40, 1.0, screen=1e-3),
+            record("attention", "plain_torch", 40, 1.0),
+            {"label": "turns", "status": "ok", **asdict(figure), "by_layer": turns},
+        ]
+    )
+    assert figures.faster("plain_torch", 40, 1e-3) == pytest.approx(60 / 4)
+    names = {ratio.name: ratio.value for ratio in check.ratios({"figures": figures.records})}
+    assert names["attention, screen 1e-3 / plain torch, T = 40"] == pytest.approx(4 / 60)
+
+
+def test_weights_lie_as_a_trace_has_them(folder: Path) -> None:
+    import cases
+
+    case = cases.load(folder / "layer-0.safetensors", 40)
+    stored = cases.as_stored(case)
+    w_o, w_down = stored.attention.attention.w_o, stored.neurons.w_down
+    assert torch.equal(w_o, case.attention.attention.w_o)
+    assert torch.equal(w_down, case.neurons.w_down)
+    assert w_o.permute(2, 0, 1).is_contiguous()
+    assert w_down.t().is_contiguous()
+
+
 def test_the_price_of_patching_is_multiplied_out(folder: Path) -> None:
     import measure
 
