@@ -5,10 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lmtt.run.layout import pack
 
 
 def assert_within(got: Tensor, want: Tensor, allowed: Tensor | float, what: str = "values") -> None:
@@ -35,6 +38,17 @@ def assert_within(got: Tensor, want: Tensor, allowed: Tensor | float, what: str 
         f"got {g.flatten()[worst]:.9g}, expected {w.flatten()[worst]:.9g}, "
         f"error {error.flatten()[worst]:.3g} > {limit.flatten()[worst]:.3g}"
     )
+
+
+def assert_same_trace(got: Any, want: Any) -> None:
+    """Two traces hold the same bits: shares, predictions, the residual stream, and what is said of them."""
+    ours, theirs = pack(got.data), pack(want.data)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert np.isfinite(got.data.resid_pre).all()
+    np.testing.assert_array_equal(got.data.resid_pre, want.data.resid_pre)
+    assert got.data.meta == want.data.meta
 
 
 def assert_topk(

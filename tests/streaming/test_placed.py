@@ -18,8 +18,8 @@ import lmtt
 from lmtt.checkpoint.placed import at_hand, is_offloaded, is_placed, moved, named_weights
 from lmtt.cli import main
 from lmtt.errors import CheckpointError, InputError
-from lmtt.run.layout import pack
 from lmtt.streaming.placed import PlacedWeights
+from lmtt.testing import assert_same_trace
 
 Make = Callable[[str], Path]
 IDS = np.arange(11) * 7 % 97
@@ -35,16 +35,6 @@ def spread(folder: Path, disk: Callable[[str], bool]) -> dict[str, str]:
         if list(module.parameters(recurse=False)) or name.split(".")[-1].isdigit():
             found[name] = "disk" if disk(name) else "cpu"
     return found
-
-
-def assert_same(got: Any, want: Any) -> None:
-    ours, theirs = pack(got.data), pack(want.data)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    assert np.isfinite(got.data.resid_pre).all()
-    np.testing.assert_array_equal(got.data.resid_pre, want.data.resid_pre)
-    assert got.data.meta == want.data.meta
 
 
 MAPS: dict[str, Callable[[str], bool]] = {
@@ -71,7 +61,7 @@ def test_same_bits_as_resident(checkpoint: Make, tmp_path: Path, name: str, disk
     assert off  # the map did what it says
 
     want, got = (e.trace(input_ids=IDS, targets=[5]) for e in (resident, engine))
-    assert_same(got, want)
+    assert_same_trace(got, want)
     route, same = (t.route(-1, 0.02).to_json() | {"cost": None} for t in (got, want))
     assert route == same
     np.testing.assert_array_equal(got.contribution_map(1, 2), want.contribution_map(1, 2))
@@ -108,7 +98,7 @@ def test_loaded_models_are_traced_as_they_are_placed(checkpoint: Make, tmp_path:
         want = lmtt.load(plain).trace(input_ids=IDS)
         engine = lmtt.load(placed)
         got = engine.trace(input_ids=IDS)
-        assert_same(got, want)  # which compares the models' fingerprints too
+        assert_same_trace(got, want)  # which compares the models' fingerprints too
         got.save(tmp_path / f"{name}.lmtt")
         np.testing.assert_array_equal(
             lmtt.open(tmp_path / f"{name}.lmtt", engine=lmtt.load(plain)).contribution_map(0, 1),
@@ -133,7 +123,7 @@ def test_single_devices_stay_plain(checkpoint: Make) -> None:
         engine = lmtt.load(str(checkpoint("llama")), device_map=placed)
         assert engine.resident
         assert not is_placed(engine.model)
-        assert_same(engine.trace(input_ids=IDS), want)
+        assert_same_trace(engine.trace(input_ids=IDS), want)
 
 
 def test_stored_runs_are_the_same_files(checkpoint: Make, tmp_path: Path) -> None:

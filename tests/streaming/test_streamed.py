@@ -12,22 +12,12 @@ import pytest
 
 import lmtt
 from lmtt.errors import InputError
-from lmtt.run.layout import pack
 from lmtt.streaming.plan import parse_bytes
 from lmtt.streaming.weights import StreamedWeights
+from lmtt.testing import assert_same_trace
 
 Make = Callable[[str], Path]
 PROMPTS = [np.arange(11) * 7 % 97, np.arange(5) + 3, np.arange(8) * 5 % 97]
-
-
-def assert_same(got: Any, want: Any) -> None:
-    ours, theirs = pack(got.data), pack(want.data)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
-    assert np.isfinite(got.data.resid_pre).all()
-    np.testing.assert_array_equal(got.data.resid_pre, want.data.resid_pre)
-    assert got.data.meta == want.data.meta
 
 
 @pytest.mark.usefixtures("always_streamed")
@@ -41,7 +31,7 @@ def test_same_bits_within_three_limits(checkpoint: Make, name: str) -> None:
         assert isinstance(engine._weights, StreamedWeights)
         for ids, trace in zip(PROMPTS, want, strict=True):
             got = engine.trace(input_ids=ids)
-            assert_same(got, trace)
+            assert_same_trace(got, trace)
         route, same = (t.route(-1, 0.04).to_json() | {"cost": None} for t in (got, trace))
         assert route == same
     assert np.array_equal(got.contribution_map(1, 2), trace.contribution_map(1, 2))
@@ -56,7 +46,7 @@ def test_smollm2_from_gguf_within_three_limits(demo_engine: Any) -> None:
         engine = lmtt.load(device="cpu", memory=limit)
         assert engine.resident == (limit == "2GiB")
         got = engine.trace(input_ids=ids)
-        assert_same(got, want)
+        assert_same_trace(got, want)
         assert got.cost["measured"]["limit"] == parse_bytes(limit)
     route, same = (t.route(-1, 0.04).to_json() | {"cost": None} for t in (got, want))
     assert route == same
@@ -90,7 +80,7 @@ def test_prompts_of_a_list_share_each_read(checkpoint: Make) -> None:
                  for unit in engine._weights._assignment.layers)  # fmt: skip
     assert engine._weights.bytes_read - before == layers
     for got, want in zip(together, alone, strict=True):
-        assert_same(got, want)
+        assert_same_trace(got, want)
 
 
 def test_too_little_memory_says_what_would_do(checkpoint: Make) -> None:
@@ -118,7 +108,7 @@ def test_generates_what_the_resident_model_does(checkpoint: Make, name: str) -> 
         options = {"input_ids": PROMPTS[1], "max_new_tokens": new, "do_sample": sampled, "seed": 3}
         got, want = (each.generate(**options) for each in (engine, resident))
         np.testing.assert_array_equal(got.ids, want.ids)
-        assert_same(got.trace, want.trace)
+        assert_same_trace(got.trace, want.trace)
         np.testing.assert_array_equal(got.shares, want.shares)
     assert len(got.ids) == new
     if name == "llama":  # each token one reading of the layers, and one for each trace
