@@ -9,6 +9,7 @@ it is told not to exceed. Peaks come from the system's own high-water mark where
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import sys
 import threading
@@ -201,8 +202,9 @@ class Meter:
             torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self._device)
         elif self.limit is not None:
             give_back()
+            gc.collect()  # a model that nobody holds any more is not what the process has
         with self._measuring(mapping=True):
-            self._base = 0 if self._gauge is None else self._gauge.now()
+            self._base = self._begun()
             yield
 
     def loaded(self, held: int) -> None:
@@ -219,9 +221,13 @@ class Meter:
             return
         with self._measuring(mapping=False):
             if self._gauge is not None:
-                self._base = self._gauge.now() - held - self._overhead
+                self._base = self._begun() - held - self._overhead
             self._peaks = {name: size for name, size in self._peaks.items() if name == "load"}
             yield
+
+    def _begun(self) -> int:
+        """What is in use at the start. The peak so far: what goes between two looks is not then taken later."""
+        return 0 if self._gauge is None else self._gauge.peak()
 
     @contextmanager
     def _measuring(self, *, mapping: bool) -> Iterator[None]:

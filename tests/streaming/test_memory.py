@@ -22,7 +22,7 @@ import lmtt
 from lmtt.errors import InputError
 from lmtt.kernels.host_memory import anonymous
 from lmtt.profile.memory import process_peak
-from lmtt.streaming.meter import INTERVAL, Gauge, HighWater, Meter, Sampled
+from lmtt.streaming.meter import INTERVAL, Gauge, HighWater, Meter, Sampled, gauge
 from lmtt.streaming.plan import parse_bytes
 from lmtt.testing_memory import Case, Outcome, write_llama
 
@@ -153,6 +153,24 @@ def test_crossing_the_limit_is_an_error() -> None:
         with pytest.raises(InputError, match=r"memory=32MiB was exceeded: layers took .*allow more"):
             meter.mark("layers")
     assert callers[-1] == 1
+
+
+@pytest.mark.parametrize("span", ["loading", "running"])
+def test_what_goes_as_measuring_begins_is_not_taken_later(span: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when garbage is collected between two looks: a dead model was once found to have been loaded."""
+    callers = [anonymous(64 * MIB).fill_(1)]
+
+    def then_freed(*given: Any, **named: Any) -> Gauge | None:
+        measuring = gauge(*given, **named)
+        callers.clear()
+        return measuring
+
+    monkeypatch.setattr("lmtt.streaming.meter.gauge", then_freed)
+    meter = Meter(CPU, 32 * MIB)
+    with meter.loading() if span == "loading" else meter.running(0):
+        meter.mark("part")
+    assert not callers
+    assert 0 <= meter.to_json()["bytes"]["part"] <= 8 * MIB
 
 
 def test_crossing_in_the_middle_of_a_run_is_an_error(
