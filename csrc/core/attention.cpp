@@ -47,6 +47,7 @@ struct Block {
 // Records of one head whose sources make up one block of u.
 struct SourceGroup {
   int64_t head, begin, end;
+  std::vector<int32_t> sources;  // none with a gate: then every record has a u of its own
 };
 
 // What of a row is reported pair by pair.
@@ -409,6 +410,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       positive[i] += sums.positive, evaluated[i] += sums.evaluated;
     }
     block.head_begin.push_back(static_cast<int64_t>(block.records.size()));
+    if (h == 0) block.records.reserve(block.records.size() * H * 5 / 4);  // growing would move what is there
     if (count > 1 && int64_t(block.records.size()) > record_budget / in.threads) {
       block.records = {};
       return false;
@@ -480,15 +482,16 @@ void Pass::evaluate(const std::vector<Block*>& blocks) {
     int64_t begin = head_begin[h], end = begin, sources = 0;
     for (int64_t j = 0; j < T; ++j) {
       if (count[j] == 0) continue;
-      if (sources++ % kSources == 0) at.push_back(end);
+      if (sources++ % kSources == 0) {
+        at.push_back(end);
+        if (!in.gate) groups[h].push_back({h, end, end, {}});
+      }
       group_of[j] = static_cast<int64_t>(at.size()) - 1;
       end += count[j];
+      if (!in.gate) groups[h].back().end = end, groups[h].back().sources.push_back(static_cast<int32_t>(j));
     }
-    for (std::size_t g = 0; !in.gate && g < at.size(); ++g) {
-      groups[h].push_back({h, at[g], g + 1 < at.size() ? at[g + 1] : end});
-    }
-    for (; in.gate && begin < end; begin += kSources) {  // every record has its own u
-      groups[h].push_back({h, begin, std::min(begin + kSources, end)});
+    for (; in.gate && begin < end; begin += kSources) {
+      groups[h].push_back({h, begin, std::min(begin + kSources, end), {}});
     }
     each([&](Record& record) { gathered[at[group_of[record.source]]++] = &record; });
   });
@@ -503,19 +506,14 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
   int32_t* slot = s.slot.get();  // [T]: which u is a source's; -1 outside this function
 
   int32_t count = 0;
-  for (int64_t n = group.begin; n < group.end; ++n) {
-    const Record& record = *gathered[n];
-    if (slot[record.source] >= 0 && !in.gate) continue;
-    float* x = s.x + count * E_v;
-    const float* v = in.v.at(h / heads_per_kv, record.source);
-    std::copy(v, v + E_v, x);
-    if (in.gate) {
-      const float* gate = in.gate + (record.row * H + h) * E_v;
-      for (int64_t e = 0; e < E_v; ++e) x[e] *= gate[e];
-    } else {
-      slot[record.source] = count;
-    }
-    ++count;
+  for (const int32_t j : group.sources) {
+    const float* v = in.v.at(h / heads_per_kv, j);
+    std::copy(v, v + E_v, s.x + count * E_v);
+    slot[j] = count++;
+  }
+  for (int64_t n = group.begin; in.gate && n < group.end; ++n, ++count) {
+    const float *v = in.v.at(h / heads_per_kv, gathered[n]->source), *gate = in.gate + (gathered[n]->row * H + h) * E_v;
+    for (int64_t e = 0; e < E_v; ++e) s.x[count * E_v + e] = v[e] * gate[e];
   }
   for (int64_t d = 0; d < D; d += kPanel) {
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, D - d));
@@ -530,16 +528,23 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
 
   for (int32_t n = 0; n < count; ++n) kernel.block_largest(s.u + n * u_stride, D, s.u_largest + n * blocks_of_D);
 
-  for (int64_t n = group.begin; n < group.end; ++n) {
-    Record& record = *gathered[n];
-    const int64_t m = in.gate ? n - group.begin : slot[record.source];
-    const float over = kernel.overshoot(s.u + m * u_stride, s.u_largest + m * blocks_of_D,
-                                        in.parts.whole + record.row * D, smallest + record.row * blocks_of_D,
-                                        record.coefficient, D);
-    const float value = record.value - 2 * over;
-    record.value = value < 0 ? 0 : value;
+  for (int64_t n = group.begin; n < group.end;) {
+    const int64_t i = gathered[n]->row;
+    const float *u[kTogether], *largest[kTogether];
+    float coefficient[kTogether], over[kTogether];
+    int some = 0;
+    for (; some < kTogether && n + some < group.end && gathered[n + some]->row == i; ++some) {
+      const int64_t m = in.gate ? n + some - group.begin : slot[gathered[n + some]->source];
+      u[some] = s.u + m * u_stride, largest[some] = s.u_largest + m * blocks_of_D;
+      coefficient[some] = gathered[n + some]->coefficient;
+    }
+    kernel.overshoots(some, u, largest, in.parts.whole + i * D, smallest + i * blocks_of_D, coefficient, D, over);
+    for (int p = 0; p < some; ++p, ++n) {
+      const float value = gathered[n]->value - 2 * over[p];
+      gathered[n]->value = value < 0 ? 0 : value;
+    }
   }
-  for (int64_t n = group.begin; n < group.end; ++n) slot[gathered[n]->source] = -1;
+  for (const int32_t j : group.sources) slot[j] = -1;
 }
 
 // Step 5.

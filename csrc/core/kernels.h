@@ -14,6 +14,7 @@ constexpr int64_t kDepth = 256;     // longest running sum of a product; longer 
 constexpr int64_t kGroup = 4;       // coordinates whose sums are looked up together in products with signs
 constexpr int64_t kTableDepth = 96;  // coordinates of one table of such sums: 24 KiB, which stay in the first-level cache
 constexpr int64_t kTableGroups = kTableDepth / kGroup;
+constexpr int kTogether = 4;         // parts whose proximities to one whole are computed together
 inline int64_t groups(int64_t n) { return (n + kGroup - 1) / kGroup; }
 inline int64_t tables(int64_t n) { return (n + kTableDepth - 1) / kTableDepth; }
 inline int64_t panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
@@ -84,10 +85,11 @@ struct Kernels {
   // Per block of sixteen: smallest[b] = min |x|, largest[b] = max |x|; padded(panels(n)) floats, zeros at the end.
   void (*block_smallest)(const float* x, int64_t n, float* smallest);
   void (*block_largest)(const float* x, int64_t n, float* largest);
-  // sum of relu(coefficient * u * sign(y) - |y|). `u_largest` and `y_smallest` are those of u and y: blocks where
-  // |coefficient| * max |u| <= min |y| add nothing and are not looked at, which are most blocks of a small part.
-  float (*overshoot)(const float* u, const float* u_largest, const float* y, const float* y_smallest,
-                     float coefficient, int64_t n);
+  // result[p] = sum of relu(coefficient[p] * u[p] * sign(y) - |y|) for p < count <= kTogether parts of one y.
+  // `u_largest` and `y_smallest` are those of u and y: blocks where |coefficient| * max |u| <= min |y| add nothing
+  // and are not looked at, which are most blocks of a small part. No result depends on what it is computed with.
+  void (*overshoots)(int count, const float* const* u, const float* const* u_largest, const float* y,
+                     const float* y_smallest, const float* coefficient, int64_t n, float* result);
 
   // logits [begin, end) -> row_scale * A in place.
   void (*attend)(const AttentionRow& row, float* logits);

@@ -224,45 +224,97 @@ void block_largest(const float* x, int64_t n, float* largest) {
   for (; b < lmtt::padded(lmtt::panels(n)); ++b) largest[b] = 0;
 }
 
-float overshoot(const float* u, const float* u_largest, const float* y, const float* y_smallest, float coefficient,
-                int64_t n) {
-  const Lanes c = splat(coefficient), zero = splat(0.0f), size = absolute(c);
-  // s (c u - y) is c u s - |y|: the sign is applied after the subtraction, so only y itself is read
-  const auto term = [&](const Lanes& uu, const Lanes& yy) {
-    return larger(flip_by_sign(fms(c, uu, yy), yy), zero);
-  };
-  Lanes even = zero, odd = zero;  // two sums, so that one addition need not wait for the other
-  constexpr int64_t kGroup = kLanes * kLanes;
-  for (int64_t d = 0; d < n; d += kGroup) {
-    const float *ud = u + d, *yd = y + d;
-    unsigned active = mask_of(size * load(u_largest + d / kLanes) > load(y_smallest + d / kLanes));
-    if (__builtin_popcount(active) > kLanes / 2 && n - d >= kGroup) {  // going through all is faster than choosing
-#pragma GCC unroll 2
-      for (int b = 0; b < kLanes; b += 2) {
-        even = even + term(load(ud + b * kLanes), load(yd + b * kLanes));
-        odd = odd + term(load(ud + (b + 1) * kLanes), load(yd + (b + 1) * kLanes));
+// s (c u - y) = c s u - |y| for the sign s of y; only y itself is read.
+LMTT_INLINE Lanes overshoot_term(const Lanes& c, const Lanes& u, const Lanes& y) {
+  return larger(fms(c, flip_by_sign(u, y), absolute(y)), splat(0.0f));
+}
+
+// Every one of `blocks`, for `Count` parts of one y, whose signs and sizes are made once for all of them. Machine
+// vectors one after the other: sixteen lanes of each sum at once would not fit the registers.
+template <int Count>
+LMTT_INLINE void overshoots_of_all(int64_t blocks, const float* const* u, int64_t d, const float* y,
+                                   const float* coefficient, Lanes* sums) {
+  const FloatVector zero{};
+  for (int v = 0; v < kParts; ++v) {
+    const float* from[Count];
+    FloatVector c[Count], sum[Count];
+#pragma GCC unroll 4
+    for (int p = 0; p < Count; ++p) {
+      from[p] = u[p] + d + v * kPartLanes, c[p] = coefficient[p] - zero, sum[p] = sums[p].part[v];
+    }
+    for (int64_t b = 0; b < blocks * kLanes; b += kLanes) {
+      const auto whole = reinterpret_cast<IntVector>(load_part(y + v * kPartLanes + b));
+      const IntVector sign = whole & static_cast<int32_t>(0x80000000u);
+      const auto size = reinterpret_cast<FloatVector>(whole ^ sign);
+#pragma GCC unroll 4
+      for (int p = 0; p < Count; ++p) {
+        const auto t = reinterpret_cast<FloatVector>(reinterpret_cast<IntVector>(load_part(from[p] + b)) ^ sign);
+        const FloatVector over = LMTT_FMS(t, c[p], size);
+        sum[p] += LMTT_LARGER(over, zero);
       }
-      continue;
     }
-    if (n - d < kGroup && n % kLanes) {  // a last block with fewer lanes
-      const int b = static_cast<int>((n - d) / kLanes);
-      const int64_t left = n % kLanes;
-      if (active >> b & 1) even = even + term(load_first(ud + b * kLanes, left), load_first(yd + b * kLanes, left));
-      active &= (1u << b) - 1;
+#pragma GCC unroll 4
+    for (int p = 0; p < Count; ++p) sums[p].part[v] = sum[p];
+  }
+}
+
+template <int Most>
+LMTT_INLINE void overshoots_of_first(int count, int64_t blocks, const float* const* u, int64_t d, const float* y,
+                                     const float* coefficient, Lanes* sums) {
+  if (count == Most) return overshoots_of_all<Most>(blocks, u, d, y, coefficient, sums);
+  if constexpr (Most > 1) overshoots_of_first<Most - 1>(count, blocks, u, d, y, coefficient, sums);
+}
+
+// Those of `active`, two at a time, so that one addition need not wait for the other.
+LMTT_INLINE Lanes overshoots_of(unsigned active, const float* u, const float* y, float coefficient) {
+  const Lanes c = splat(coefficient);
+  const auto next = [&] {
+    const int b = __builtin_ctz(active);
+    active &= active - 1;
+    return overshoot_term(c, load(u + b * kLanes), load(y + b * kLanes));
+  };
+  Lanes even = splat(0.0f), odd = splat(0.0f);
+  while (active & (active - 1)) {
+    even = even + next();
+    odd = odd + next();
+  }
+  if (active) even = even + next();
+  return even + odd;
+}
+
+void overshoots(int count, const float* const* u, const float* const* u_largest, const float* y,
+                const float* y_smallest, const float* coefficient, int64_t n, float* result) {
+  using lmtt::kTogether;
+  Lanes sums[kTogether];
+  for (int p = 0; p < count; ++p) sums[p] = splat(0.0f);
+  for (int64_t d = 0; d < n; d += kLanes * kLanes) {
+    const int64_t left = n - d, blocks = left < kLanes * kLanes ? left / kLanes : kLanes;
+    unsigned active[kTogether];
+    int full = 0;
+    for (int p = 0; p < count; ++p) {
+      active[p] = mask_of(absolute(splat(coefficient[p])) * load(u_largest[p] + d / kLanes) > load(y_smallest + d / kLanes));
+      full += __builtin_popcount(active[p]) > blocks / 2;  // going through all is faster than choosing
     }
-    for (; active & (active - 1); active &= active - 1) {
-      const int b = __builtin_ctz(active);
-      even = even + term(load(ud + b * kLanes), load(yd + b * kLanes));
-      active &= active - 1;
-      const int b2 = __builtin_ctz(active);
-      odd = odd + term(load(ud + b2 * kLanes), load(yd + b2 * kLanes));
+    if (full == count) {
+      overshoots_of_first<kTogether>(count, blocks, u, d, y + d, coefficient, sums);
+    } else {
+      for (int p = 0; p < count; ++p) {
+        if (__builtin_popcount(active[p]) > blocks / 2) {
+          overshoots_of_all<1>(blocks, u + p, d, y + d, coefficient + p, sums + p);
+        } else {
+          sums[p] = sums[p] + overshoots_of(active[p] & ((1u << blocks) - 1), u[p] + d, y + d, coefficient[p]);
+        }
+      }
     }
-    if (active) {
-      const int b = __builtin_ctz(active);
-      even = even + term(load(ud + b * kLanes), load(yd + b * kLanes));
+    if (blocks < kLanes && left % kLanes) {  // a last block with fewer lanes
+      const int64_t b = blocks * kLanes, lanes = left % kLanes;
+      for (int p = 0; p < count; ++p) {
+        if (!(active[p] >> blocks & 1)) continue;
+        sums[p] = sums[p] + overshoot_term(splat(coefficient[p]), load_first(u[p] + d + b, lanes), load_first(y + d + b, lanes));
+      }
     }
   }
-  return static_cast<float>(sum_of(even + odd));
+  for (int p = 0; p < count; ++p) result[p] = short_sum_of(sums[p]);
 }
 
 void attend(const AttentionRow& row, float* x) {
@@ -477,7 +529,7 @@ float multiply_add_chain(int64_t rounds, int64_t* multiply_adds) {
 constexpr lmtt::Kernels table(const char* name) {
   return {name,          pack_rows, multiply,       sign_offsets,       sign_table, add_signed,
           absolute_sum, absolute_column_sums, absolute_dot, proximity,
-          block_smallest, block_largest, overshoot, attend,      screen,      screen_neurons,
+          block_smallest, block_largest, overshoots, attend,      screen,      screen_neurons,
           exact_above,   open_from, neuron_sums,  multiply_add_chain};
 }
 

@@ -36,11 +36,17 @@ class Pass {
   void prepare();
   void tile(int64_t tile, int64_t begin, int64_t end, Scratch& scratch, bool timed);
   void finish(int64_t i, Scratch& scratch);
-  float exact(int64_t i, int64_t n, float coefficient, float g) const {
-    const float over = kernel.overshoot(in.w_down + n * D, largest + n * blocks, in.parts.whole + i * D,
-                                        smallest + i * blocks, coefficient, D);
-    const float value = g - 2 * over;
-    return value < 0 ? 0 : std::fabs(value);  // NaN without a sign: the sign bit marks first-order values
+  // Exact proximities of at most kTogether neurons of row i, of which g is known; NaN has no sign here, for the sign
+  // bit marks first-order values.
+  void exact(int64_t i, int some, const int64_t* n, const float* coefficient, const float* g, float* value) const {
+    const float *u[kTogether], *u_largest[kTogether];
+    float over[kTogether];
+    for (int p = 0; p < some; ++p) u[p] = in.w_down + n[p] * D, u_largest[p] = largest + n[p] * blocks;
+    kernel.overshoots(some, u, u_largest, in.parts.whole + i * D, smallest + i * blocks, coefficient, D, over);
+    for (int p = 0; p < some; ++p) {
+      const float x = g[p] - 2 * over[p];
+      value[p] = x < 0 ? 0 : std::fabs(x);
+    }
   }
   float scale(int64_t i) const { return in.row_scale ? in.row_scale[i] : 1; }
 
@@ -142,9 +148,16 @@ void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s, bool timed) {
         static_cast<int32_t>(i), static_cast<int32_t>(n0), row_values, s.records.get(), &row_sums);
     if (found == 0) continue;
     const auto evaluate = [&] {
-      for (int64_t m = 0; m < found; ++m) {
-        const Record& record = s.records[m];
-        row_values[record.source - n0] = exact(i, record.source, record.coefficient, record.value);
+      for (int64_t m = 0; m < found; m += kTogether) {
+        const int some = static_cast<int>(std::min<int64_t>(kTogether, found - m));
+        int64_t n[kTogether];
+        float coefficients[kTogether], g[kTogether], value[kTogether];
+        for (int p = 0; p < some; ++p) {
+          const Record& record = s.records[m + p];
+          n[p] = record.source, coefficients[p] = record.coefficient, g[p] = record.value;
+        }
+        exact(i, some, n, coefficients, g, value);
+        for (int p = 0; p < some; ++p) row_values[n[p] - n0] = value[p];
       }
     };
     if (!timed) {
@@ -226,7 +239,8 @@ void Pass::finish(int64_t i, Scratch& s) {
       const int64_t n = s.open.front().second;
       std::pop_heap(s.open.begin(), s.open.end(), smaller_bound);
       s.open.pop_back();
-      row[n] = exact(i, n, coefficient(n), -row[n]);
+      const float c = coefficient(n), g = -row[n];
+      exact(i, 1, &n, &c, &g, row + n);
       ++evaluated[i];
       offer(row[n], n);
     }

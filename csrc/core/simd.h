@@ -43,6 +43,7 @@ struct Choice {  // all bits of a lane set or clear
 
 #define LMTT_EACH_PART _Pragma("GCC unroll 4") for (int p = 0; p < kParts; ++p)
 
+LMTT_INLINE FloatVector load_part(const float* x) { return *reinterpret_cast<const FloatVectorAnywhere*>(x); }
 LMTT_INLINE Lanes splat(float x) {
   Lanes r;
   LMTT_EACH_PART r.part[p] = x - FloatVector{};
@@ -85,20 +86,21 @@ LMTT_BINARY(operator/, a.part[p] / b.part[p])
 // fma(a, b, c) = a * b + c and fms(a, b, c) = a * b - c: one instruction, rounded once, where the machine has it.
 #if defined(__AVX512F__)
 LMTT_BINARY(smaller, _mm512_min_ps(b.part[p], a.part[p]))
-LMTT_BINARY(larger, _mm512_max_ps(b.part[p], a.part[p]))
+#define LMTT_LARGER(a, b) _mm512_max_ps(b, a)
 #define LMTT_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define LMTT_FMS(a, b, c) _mm512_fmsub_ps(a, b, c)
 #elif defined(__AVX2__)
 LMTT_BINARY(smaller, _mm256_min_ps(b.part[p], a.part[p]))
-LMTT_BINARY(larger, _mm256_max_ps(b.part[p], a.part[p]))
+#define LMTT_LARGER(a, b) _mm256_max_ps(b, a)
 #define LMTT_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define LMTT_FMS(a, b, c) _mm256_fmsub_ps(a, b, c)
 #else
 LMTT_BINARY(smaller, b.part[p] < a.part[p] ? b.part[p] : a.part[p])
-LMTT_BINARY(larger, b.part[p] > a.part[p] ? b.part[p] : a.part[p])
+#define LMTT_LARGER(a, b) ((b) > (a) ? (b) : (a))
 #define LMTT_FMA(a, b, c) (a) * (b) + (c)
 #define LMTT_FMS(a, b, c) (a) * (b) - (c)
 #endif
+LMTT_BINARY(larger, LMTT_LARGER(a.part[p], b.part[p]))
 #undef LMTT_BINARY
 
 LMTT_INLINE Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
@@ -198,6 +200,7 @@ LMTT_INLINE double sum_of(const Lanes& a) {
   }
 LMTT_REDUCE(largest_of, _mm_max_ps)
 LMTT_REDUCE(smallest_of, _mm_min_ps)
+LMTT_REDUCE(short_sum_of, _mm_add_ps)  // as a tree, in float
 #else
 #define LMTT_REDUCE(name, op)                                                       \
   LMTT_INLINE float name(const Lanes& a) {                                          \
@@ -209,6 +212,14 @@ LMTT_REDUCE(smallest_of, _mm_min_ps)
   }
 LMTT_REDUCE(largest_of, >)
 LMTT_REDUCE(smallest_of, <)
+LMTT_INLINE float short_sum_of(const Lanes& a) {
+  float x[kLanes];
+  store(x, a);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) x[l] += x[l + half];
+  }
+  return x[0];
+}
 #endif
 #undef LMTT_REDUCE
 

@@ -17,7 +17,7 @@ from lmtt.structure.verify import PROOF_ROWS
 
 # Lanes for each coordinate of an exact evaluation: multiply-subtract, two for the sign, maximum, addition,
 # and a multiplication and a comparison for each block of sixteen.
-EVALUATION = 5 + 2 / 16
+EVALUATION = 4 + 2 / 4 + 2 / 16
 SOFTMAX = 40  # lanes for each pair: softmax, coefficient, bound, comparison, sums
 SIGNS = 4  # coordinates that one look-up of a table of sums stands for
 PAIRS, PAIRS_POWER = 4.4, -0.75  # of all (head, source) pairs PAIRS * T ** PAIRS_POWER are evaluated exactly

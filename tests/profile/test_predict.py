@@ -51,7 +51,7 @@ def test_exact_evaluation_follows_the_survivors(dims: Dims) -> None:
         return layer_work(dims, 64, Survivors(pairs, 0))["exact evaluation"].lanes
 
     assert lanes(0) == 0
-    assert lanes(20_000) - lanes(10_000) == pytest.approx(10_000 * dims.shapes.d_model * 5.125)
+    assert lanes(20_000) - lanes(10_000) == pytest.approx(10_000 * dims.shapes.d_model * 4.625)
 
 
 def test_the_slowest_resource_decides(dims: Dims, machine: Ceilings) -> None:
