@@ -12,8 +12,8 @@ from typing import Any
 DENSE = "ours, nothing skipped"
 SCREENING_ALONE = 0.999  # nothing is above it: what is left of the time is screening
 # Lanes of vector instructions of exact evaluation, per coordinate: the whole's sign given to the part,
-# multiply-subtract, maximum, addition; for each four parts that sign and the whole's size; and per block of 16
-# coordinates a multiplication and a comparison that may pass it over.
+# multiply-subtract, maximum, addition; for each four parts that sign and the whole's size; and per block of
+# 16 coordinates a multiplication and a comparison that may pass it over.
 EVALUATION_INSTRUCTIONS = 4 + 2 / 4 + 2 / 16
 MARKERS = ("<!-- results -->", "<!-- end of results -->")
 PICTURES = """

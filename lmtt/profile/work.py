@@ -15,8 +15,8 @@ from lmtt.profile.dims import Dims
 from lmtt.streaming.plan import PREDICTION_WORKSPACE
 from lmtt.structure.verify import PROOF_ROWS
 
-# Lanes for each coordinate of an exact evaluation: multiply-subtract, two for the sign, maximum, addition,
-# and a multiplication and a comparison for each block of sixteen.
+# Lanes for each coordinate of an exact evaluation: sign, multiply-subtract, maximum, addition; the whole's
+# sign and size once for four parts; and a multiplication and a comparison for each block of sixteen.
 EVALUATION = 4 + 2 / 4 + 2 / 16
 SOFTMAX = 40  # lanes for each pair: softmax, coefficient, bound, comparison, sums
 SIGNS = 4  # coordinates that one look-up of a table of sums stands for
