@@ -31,6 +31,7 @@ from lmtt.errors import CheckpointError
 
 _SPELLING = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PROBE_WIDTHS = (2, 3)  # of matrices by which a processor shows that it moves rows
+MOVED_BYTES = 2 << 20  # of stored rows that are put in order at once: they stay in the cache
 _PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -199,13 +200,16 @@ class GgufWeights:
         blocks = raw.numpy()
         if weight.order is not None:
             assert rows is None, "TensorInfo.rows says that ranges of these rows cannot be decoded alone"
-            blocks = blocks.reshape(len(weight.order), -1)[weight.order].reshape(-1)
-        if weight.as_is or weight.order is not None:
-            kind = weight.stored[0].tensor_type.name
-            if out.device.type == "cpu" and out.is_contiguous():
-                decode_blocks(kind, blocks, out.dtype, out=out)
-            else:
-                out.copy_(decode_blocks(kind, blocks, out.dtype).view(out.shape))
+            stored = blocks.reshape(len(weight.order), -1)
+            step = max(1, MOVED_BYTES // stored.shape[1])
+            moved = np.empty((step, stored.shape[1]), np.uint8)
+            for first in range(0, len(stored), step):
+                order = weight.order[first : first + step]
+                np.take(stored, order, axis=0, out=moved[: len(order)], mode="clip")  # they are in range
+                _decode(weight, moved[: len(order)].reshape(-1), out[first : first + step])
+            return
+        if weight.as_is:
+            _decode(weight, blocks, out)
             return
         tensors: dict[str, Tensor] = {}
         for info, part, shape in _parts(weight, blocks, None if rows is None else len(rows)):
@@ -232,6 +236,15 @@ class GgufWeights:
     def lazy_state_dict(self, dtype: torch.dtype) -> dict[str, LazyWeight]:
         """All weights as what transformers' loader takes: read and decoded when it indexes them."""
         return {name: LazyWeight(self, name, dtype) for name in self.weights}
+
+
+def _decode(weight: Weight, blocks: NDArray[np.uint8], out: Tensor) -> None:
+    """Blocks of the one stored tensor, as they are, into `out`."""
+    kind = weight.stored[0].tensor_type.name
+    if out.device.type == "cpu" and out.is_contiguous():
+        decode_blocks(kind, blocks, out.dtype, out=out)
+    else:
+        out.copy_(decode_blocks(kind, blocks, out.dtype).view(out.shape))
 
 
 def _shape(info: gguf.TensorInfo) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ at a time, by whoever wants logits; where the memory limit leaves room it is rea
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +36,7 @@ class StoredRows:
         self._source, self._tensor, self._info = source, tensor, info
         self._row = info.nbytes // info.shape[0]
         self._kept: Tensor | None = None  # raw bytes of all rows
+        self._turns = threading.local()  # .rooms: this thread's memory for ranges within `in_turn`
         self.dtype, self.device = dtype, device
         self.shape = torch.Size(info.shape)
 
@@ -58,21 +61,49 @@ class StoredRows:
         """The opposite of `keep`."""
         self._kept = None
 
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Within, this thread's ranges are good until it asks for the next one: they lie in the same memory.
+
+        Fresh pages for each of hundreds of them would take as long as the logits made of them.
+        """
+        outer = getattr(self._turns, "rooms", None)
+        self._turns.rooms = {} if outer is None else outer
+        try:
+            yield
+        finally:
+            self._turns.rooms = outer
+
     def __getitem__(self, index: slice | Tensor) -> Tensor:
         if isinstance(index, slice):
             first, last, _ = index.indices(self.shape[0])
-            return self._range(first, max(first, last))
-        return torch.stack([self._range(i, i + 1)[0] for i in index.tolist()])
+            return self._range(first, max(first, last), getattr(self._turns, "rooms", None))
+        return torch.stack([self._range(i, i + 1, None)[0] for i in index.tolist()])
 
-    def _range(self, first: int, last: int) -> Tensor:
+    def _range(self, first: int, last: int, rooms: dict[str, Tensor] | None) -> Tensor:
         if self._kept is not None:
             raw = self._kept[first * self._row : last * self._row]
         else:
-            raw = torch.empty((last - first) * self._row, dtype=torch.uint8)
+            raw = _room(rooms, "raw", (last - first) * self._row)
             self._source.read_into(self._tensor, raw.numpy().data, first * self._row)
-        out = torch.empty(last - first, *self.shape[1:], dtype=self.dtype, device=self.device)
+        shape = (last - first, *self.shape[1:])
+        if self.device.type == "cpu":
+            size = math.prod(shape) * self.dtype.itemsize
+            out = _room(rooms, "rows", size).view(self.dtype).view(shape)
+        else:
+            out = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._source.decode(self._tensor, raw, out, range(first, last))
         return out
+
+
+def _room(rooms: dict[str, Tensor] | None, name: str, nbytes: int) -> Tensor:
+    """uint8 [nbytes] on the host, where `rooms` keeps them the same memory for the same name."""
+    if rooms is None:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    if name not in rooms or len(rooms[name]) < nbytes:
+        rooms.pop(name, None)  # before its successor is there
+        rooms[name] = anonymous(nbytes)
+    return rooms[name][:nbytes]
 
 
 def compact_embedding(module: Any, rows: StoredRows) -> None:
@@ -130,11 +161,12 @@ class TiledUnembedding(nn.Module):
         logits = x.new_empty(*x.shape[:-1], V)
         logits[..., self._wanted :] = 0
         step = max(1, TILE_BYTES // (D * self.rows.dtype.itemsize))
-        for first in range(0, self._wanted, step):
-            last = min(self._wanted, first + step)
-            tile = self.rows[first:last].to(x.dtype)
-            logits[..., first:last] = nn.functional.linear(
-                x, tile, None if bias is None else bias[first:last]
-            )
-            del tile  # before the next one is there
+        with self.rows.in_turn():
+            for first in range(0, self._wanted, step):
+                last = min(self._wanted, first + step)
+                tile = self.rows[first:last].to(x.dtype)
+                logits[..., first:last] = nn.functional.linear(
+                    x, tile, None if bias is None else bias[first:last]
+                )
+                del tile  # before the next one is there
         return logits

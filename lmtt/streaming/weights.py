@@ -266,6 +266,9 @@ class StreamedWeights(LayerWeights):
         """Give the files back."""
         self._source.close()
 
+    def at_hand(self, module: nn.Module) -> AbstractContextManager[object]:
+        return module.rows.in_turn() if isinstance(module, TiledUnembedding) else nullcontext()
+
     @contextmanager
     def generating(self, tokens: int) -> Iterator[None]:
         plan, s = self.plan([tokens]), self.shapes

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from lmtt.checkpoint import gguf_weights
 from lmtt.checkpoint.gguf_blocks import decode_blocks, decoder
 from lmtt.checkpoint.gguf_lend import fast_reader
 from lmtt.checkpoint.gguf_source import open_gguf
@@ -252,6 +253,15 @@ def test_parameters_are_those_that_transformers_reads(path: Path, dtype: torch.d
     experts = [name for name, info in weights.tensors.items() if len(info.shape) == 3]
     assert all(weights.tensors[name].rows for name in experts)
     assert len(experts) == (2 * LAYERS if "qwen" in want.config.model_type else 0)
+
+
+def test_rows_that_move_are_decoded_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = from_transformers(path := write(tmp_path / "m.gguf", "llama"), torch.float32)
+    weights, name = open_weights(path, want), "model.layers.0.self_attn.q_proj.weight"
+    row = weights.tensors[name].nbytes // E
+    for rows in (1, 5, E - 1, E + 1):  # one by one, a last piece that is shorter, all at once
+        monkeypatch.setattr(gguf_weights, "MOVED_BYTES", rows * row)
+        assert torch.equal(weights.load(name, torch.float32), want.state_dict()[name]), rows
 
 
 def test_what_is_decoded_straight_and_what_is_not_used(tmp_path: Path) -> None:

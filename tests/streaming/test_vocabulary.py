@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 import lmtt
+from lmtt.checkpoint.safetensors_source import open_safetensors
 from lmtt.streaming import vocabulary
 from lmtt.streaming.vocabulary import StoredRows
 
@@ -41,3 +44,21 @@ def test_the_unembedding_is_read_once(checkpoint: Make, monkeypatch: pytest.Monk
     rows, size = source.tensors[head].shape[0], source.tensors[head].nbytes
     looks = 0 if room else 2 * sampled * size // rows  # to find out how logits are made, and to verify it
     assert read[head] == size + looks
+
+
+def test_ranges_in_turn_share_memory_and_single_rows_do_not(checkpoint: Make) -> None:
+    path = checkpoint("llama")
+    source = open_safetensors(path)
+    rows = StoredRows(source, "lm_head.weight", torch.float32, torch.device("cpu"))
+    want = transformers.AutoModelForCausalLM.from_pretrained(path).lm_head.weight.detach()
+    with rows.in_turn():
+        first = rows[0:7]
+        assert torch.equal(first, want[0:7])
+        second = rows[7:12]
+        assert torch.equal(second, want[7:12])
+        assert second.data_ptr() == first.data_ptr()
+        assert torch.equal(rows[3:40], want[3:40])  # more than there was room for
+        assert torch.equal(rows[torch.tensor([9, 2, 9])], want[[9, 2, 9]])
+    apart = [rows[0:7], rows[7:12]]
+    assert torch.equal(apart[0], want[0:7])
+    assert torch.equal(apart[1], want[7:12])
