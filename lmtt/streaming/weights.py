@@ -23,6 +23,7 @@ from lmtt.streaming.experts import Lender, split
 from lmtt.streaming.generating import forwards
 from lmtt.streaming.meter import Meter
 from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, in_words, make_plan
+from lmtt.streaming.products import ByParts, Kind
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
 
@@ -153,6 +154,7 @@ class StreamedWeights(LayerWeights):
         self.bytes_read = 0
         self.traffic = Traffic()
         self._check = True  # damaged weights are looked for
+        self._same_by_parts: dict[Kind, bool] = {}  # of products with large weights
         self._head: StoredRows | None = None
 
     # --- what there is ---
@@ -332,7 +334,7 @@ class StreamedWeights(LayerWeights):
             ring.release(layer)  # the reader goes on while this layer computes
         routed = self._lender.bytes_read
         try:
-            with self._lender.lent(self._experts[layer]):
+            with self._lender.lent(self._experts[layer]), ByParts(self._same_by_parts):
                 yield
         except StructureError:
             if self._check:  # parts that do not add up may be due to damaged weights, which then have a name
