@@ -59,30 +59,28 @@ def library() -> Any:
     return loaded
 
 
-def _check(code: int) -> None:
+def _launch(function: str, tensor: Tensor, *arguments: Any) -> None:
+    """On the device of `tensor` and the stream that torch uses there, whichever device is current."""
+    with torch.cuda.device(tensor.device):
+        stream = int(torch.cuda.current_stream(tensor.device).cuda_stream)
+        code = getattr(library(), function)(*arguments, stream)
     if code:
         raise RuntimeError(f"CUDA: {library().lmtt_cuda_error(code).decode()}")
-
-
-def _stream(tensor: Tensor) -> int:
-    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
 def compact(words: Tensor) -> tuple[Tensor, Tensor]:
     """Set bits of int32 [groups, words] as (group, row), int32 [N] each, sorted; row = 32 * word + bit."""
     groups, per_group = words.shape
-    lib, stream = library(), _stream(words)
     counts = torch.empty(groups, dtype=torch.int32, device=words.device)
-    _check(lib.lmtt_cuda_count(words.data_ptr(), groups, per_group, counts.data_ptr(), stream))
+    _launch("lmtt_cuda_count", words, words.data_ptr(), groups, per_group, counts.data_ptr())
     ends = counts.cumsum(0, dtype=torch.int64)
     offsets = ends - counts
     total = int(ends[-1]) if groups else 0
     group, row = torch.empty(2, total, dtype=torch.int32, device=words.device)
-    _check(
-        lib.lmtt_cuda_list(
-            words.data_ptr(), groups, per_group, offsets.data_ptr(), group.data_ptr(), row.data_ptr(), stream
-        )
-    )
+    _launch(
+        "lmtt_cuda_list", words, words.data_ptr(), groups, per_group, offsets.data_ptr(), group.data_ptr(),
+        row.data_ptr(),
+    )  # fmt: skip
     return group, row
 
 
@@ -90,10 +88,8 @@ def block_smallest(y: Tensor) -> Tensor:
     """Smallest |y| of each 32 coordinates of y [R, D] (rows contiguous): float32 [R, ceil(D / 32)]."""
     rows, width = y.shape
     out = torch.empty(rows, -(-width // 32), dtype=torch.float32, device=y.device)
-    _check(
-        library().lmtt_cuda_block_smallest(
-            y.data_ptr(), KINDS[y.dtype], rows, width, y.stride(0), out.data_ptr(), _stream(y)
-        )
+    _launch(
+        "lmtt_cuda_block_smallest", y, y.data_ptr(), KINDS[y.dtype], rows, width, y.stride(0), out.data_ptr()
     )
     return out
 
@@ -106,11 +102,9 @@ def evaluate(
     counts = torch.bincount(u_row, minlength=len(u))
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     row, coefficient, g = row.contiguous(), coefficient.contiguous(), g.contiguous()
-    _check(
-        library().lmtt_cuda_evaluate(
-            u.data_ptr(), KINDS[u.dtype], u.stride(0), len(u), first.data_ptr(), row.data_ptr(),
-            coefficient.data_ptr(), g.data_ptr(), y.data_ptr(), KINDS[y.dtype], y.stride(0),
-            smallest.data_ptr(), y.shape[1], out.data_ptr(), _stream(u),
-        )
+    _launch(
+        "lmtt_cuda_evaluate", u, u.data_ptr(), KINDS[u.dtype], u.stride(0), len(u), first.data_ptr(),
+        row.data_ptr(), coefficient.data_ptr(), g.data_ptr(), y.data_ptr(), KINDS[y.dtype], y.stride(0),
+        smallest.data_ptr(), y.shape[1], out.data_ptr(),
     )  # fmt: skip
     return out
