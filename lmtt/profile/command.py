@@ -52,6 +52,8 @@ def add_parsers(commands: Any) -> None:
         "--warm", action="store_true", help="trace once before, so that nothing is discovered or proved anew"
     )
     profile.add_argument("--memory", metavar="8GiB", help="as for `lmtt trace`")
+    profile.add_argument("--device-map", metavar="MAP", help="as for `lmtt trace`")
+    profile.add_argument("--offload-folder", metavar="DIR", help="as for `lmtt trace`")
     profile.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     profile.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
     profile.add_argument("--backend", default="auto", help="auto, or a backend that `lmtt doctor` lists")
@@ -117,6 +119,7 @@ def _profile(options: argparse.Namespace) -> None:
         stored = read_cost(options.compare)
     loading: dict[str, Any] = {
         "device": options.device, "dtype": options.dtype, "opaque": options.opaque, "memory": options.memory,
+        "device_map": options.device_map, "offload_folder": options.offload_folder,
     }  # fmt: skip
     engine = load(options.model, backend=options.backend, **loading)
     ids = prompt_ids(engine, options.prompt, options.tokens)

@@ -51,6 +51,17 @@ def test_profile(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
         assert phase["bound"] in ("compute", "memory", "disk", "bus", "launch")
 
 
+def test_profile_of_a_model_on_disk(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="device maps are accelerate's")
+    asked = ["profile", folder, "--tokens", "12", "--json", "-", "--device-map", '{"": "disk"}']
+    code, out, err = run(capsys, *asked, "--offload-folder", str(tmp_path))
+    assert code == 0, err
+    assert json.loads(out)["schema"] == "lmtt.profile/1"
+    code, _, err = run(capsys, *asked, "--memory", "1GiB")
+    assert code == 2
+    assert "device_map excludes memory" in err
+
+
 @pytest.mark.native
 def test_profile_beside_another_backend(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "profile", folder, "--tokens", "12", "--compare", "reference", "--json", "-")
