@@ -226,7 +226,7 @@ class Meter:
             yield
 
     def _begun(self) -> int:
-        """What is in use at the start. The peak so far: what goes between two looks is not then taken later."""
+        """In use at the start: the peak so far, for what goes between two looks is not then taken later."""
         return 0 if self._gauge is None else self._gauge.peak()
 
     @contextmanager
