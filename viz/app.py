@@ -59,7 +59,13 @@ class Dashboard:
 
     async def ask(self, question: Callable[[], Any]) -> Any:
         """The answer of the worker's thread."""
-        return await asyncio.wrap_future(self.server.worker.ask(question))
+        try:
+            return await asyncio.wrap_future(self.server.worker.ask(question))
+        except LmttError as error:
+            told = self.server.policy.told(error)
+            if told == str(error):
+                raise
+            raise LmttError(told) from None
 
     # --- the form ---
 
@@ -109,7 +115,7 @@ class Dashboard:
             asked.check(policy)
             run = worker.run(lambda report: asked.run(models, policy, report), self.owner)
         except LmttError as error:
-            self.say(str(error), trouble=True)
+            self.say(policy.told(error), trouble=True)
             return
         self._run = run
         self.button.disabled, self.cancel.visible, self.progress.visible = True, True, True
@@ -121,11 +127,11 @@ class Dashboard:
         except CancelledError:
             self.say("The run was cancelled.")
         except LmttError as error:
-            self.say(str(error), trouble=True)
+            self.say(policy.told(error), trouble=True)
         except MemoryError:
             self.say("The run needs more memory than there is; trace a shorter prompt.", trouble=True)
         except Exception as error:  # a defect of ours; the session and the server live on
-            self.say(f"The run failed: {type(error).__name__}: {error}", trouble=True)
+            self.say(f"The run failed: {policy.told(error)}", trouble=True)
             raise
         else:
             self.say("")
@@ -155,7 +161,8 @@ class Dashboard:
         """Show a run file that the browser sent."""
         if event.new:
             name = str(self.upload.filename or "the file")
-            await self._open(lambda: read_upload(name, event.new, self.server.models.attach))
+            models, most = self.server.models, self.server.policy.max_tokens
+            await self._open(lambda: read_upload(name, event.new, models.attach, most))
 
     async def open_path(self, event: Any) -> None:
         """Show a run on this machine; for servers that only this machine can reach."""
@@ -168,7 +175,7 @@ class Dashboard:
         try:
             shown = await asyncio.to_thread(read)
         except LmttError as error:
-            self.say(f"This run cannot be opened: {error}", trouble=True)
+            self.say(f"This run cannot be opened: {self.server.policy.told(error)}", trouble=True)
         else:
             self.say("")
             self.state.show(shown)

@@ -39,6 +39,14 @@ class Front(panel_server.DocHandler):  # type: ignore[misc] # panel ships no typ
 
     _digest = ""
 
+    def set_default_headers(self) -> None:
+        """Our own pages talk to their own server alone."""
+        super().set_default_headers()
+        if _SHARED in self.application.settings:
+            self.set_header("Content-Security-Policy", policy(self.request.host))
+            self.set_header("X-Content-Type-Options", "nosniff")
+            self.set_header("Referrer-Policy", "no-referrer")
+
     @authenticated  # type: ignore[untyped-decorator]
     async def get(self, *args: Any, **kwargs: Any) -> None:
         """The page."""
@@ -59,6 +67,23 @@ class Front(panel_server.DocHandler):  # type: ignore[misc] # panel ships no typ
     def write(self, chunk: Any) -> None:
         """A page that follows the first part has no head of its own any more."""
         super().write(_second_part(chunk) if self._digest and isinstance(chunk, str) else chunk)
+
+
+def policy(host: str) -> str:
+    """The Content-Security-Policy of a page asked of `host`: nothing comes from elsewhere or goes there.
+
+    Panel writes scripts and styles into its page and compiles templates and modules in the browser, so those
+    are allowed inline, by eval and from blobs; where they may connect to is not widened by that.
+    """
+    own = "'self'"
+    if re.fullmatch(r"[\w.\-]+(:\d+)?|\[[\da-fA-F:]+\](:\d+)?", host):
+        own += f" ws://{host} wss://{host}"  # some browsers do not count a websocket as 'self'
+    return (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+        f"connect-src {own} data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
+        "form-action 'self'; frame-ancestors 'self'"
+    )
 
 
 def install() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import param
 
-from lmtt.errors import InputError
+from lmtt.errors import InputError, LmttError, RunError
 from lmtt.graph.text import clipped, visible
 from lmtt.trace import Trace
 from lmtt.viz.jobs import Report, Worker
@@ -26,6 +28,9 @@ RECENT = 8  # runs that a session remembers
 MAX_CHARACTERS = 200_000  # of a prompt, before it is tokenised
 MAX_OUTPUT = 256  # generated tokens
 MAX_UPLOAD = 15 << 20  # bytes; the connection itself takes 20 MB
+UNSAID = "The server could not do this; its log says why."
+_LOG = logging.getLogger("lmtt.viz")
+_PATH = re.compile(r"(?:^|[^\w./])(?:~?/|[A-Za-z]:\\)[^\s/]")  # where an absolute path begins
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,19 @@ class Policy:
     loopback: bool = True  # only this machine can reach it: files of this machine may be named
     max_tokens: int = 4096  # of prompt and output
     max_waiting: int = 8
+
+    def told(self, error: BaseException) -> str:
+        """What a browser is told of an error: our own sentence, to other machines only without a path in it.
+
+        Of what is kept back the log has everything.
+        """
+        own = isinstance(error, LmttError)
+        if self.loopback:
+            return str(error) if own else f"{type(error).__name__}: {error}"
+        if own and not _PATH.search(str(error)):
+            return str(error)
+        _LOG.error("kept from a browser: %s", error, exc_info=error)
+        return UNSAID
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,8 +184,14 @@ class State(param.Parameterized):  # type: ignore[misc] # param ships no types
         self.param.update(**values)
 
 
-def read_upload(name: str, content: bytes, attach: Callable[[Trace], Trace]) -> Shown:
-    """A `.lmtt` file that a browser sent; untrusted, so it is read as any stored run is: checked in full."""
+def read_upload(
+    name: str, content: bytes, attach: Callable[[Trace], Trace], max_tokens: int = Policy.max_tokens
+) -> Shown:
+    """A `.lmtt` file that a browser sent; untrusted, so it is read as any stored run is: checked in full.
+
+    Nothing in it is compressed, so it cannot grow as it is read. What is computed from it can, by the square
+    of its tokens: hence `max_tokens`. InputError, RunError.
+    """
     from lmtt.run.reader import read_run
 
     if len(content) > MAX_UPLOAD:
@@ -180,7 +204,18 @@ def read_upload(name: str, content: bytes, attach: Callable[[Trace], Trace]) -> 
     with tempfile.TemporaryDirectory(prefix="lmtt-") as folder:
         path = Path(folder) / "run.lmtt"
         path.write_bytes(content)
-        return Shown(attach(Trace(read_run(path))))
+        try:
+            data = read_run(path)
+        except RunError as error:  # it knows the file by a name of ours
+            raise RunError(str(error).replace(str(path), clipped(visible(name), 60))) from None
+    if len(data.tokens) > max_tokens:
+        raise InputError(
+            f"{clipped(visible(name), 60)} is too long for this page",
+            expected=f"at most {max_tokens:,} tokens",
+            got=f"{len(data.tokens):,}",
+            remedy="start the server on it: lmtt serve RUN",
+        )
+    return Shown(attach(Trace(data)))
 
 
 def saved(trace: Trace) -> bytes:

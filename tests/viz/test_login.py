@@ -141,6 +141,9 @@ def test_a_page_of_another_name_is_not_given_the_run(serving):
         request = urllib.request.Request(address, headers={"Host": host})
         with urllib.request.urlopen(request, timeout=30) as reply:
             assert ("lmtt-front" in reply.read().decode()) is given
+            rules = dict(r.strip().split(" ", 1) for r in reply.headers["Content-Security-Policy"].split(";"))
+            assert rules["default-src"] == "'self'"
+            assert rules["connect-src"] == f"'self' ws://{host} wss://{host} data: blob:"
 
 
 def test_oauth_sends_people_to_the_provider(serving):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import io
 import json
 import struct
+import tempfile
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from lmtt.errors import InputError, LmttError
+from lmtt.errors import InputError, LmttError, RunError
 from lmtt.graph.routes import RouteGraph, reveal
 from lmtt.graph.testing import random_trace
 from lmtt.trace import Trace
@@ -25,7 +28,16 @@ from lmtt.viz.app import Dashboard  # noqa: E402 - after the check for panel
 from lmtt.viz.jobs import Worker  # noqa: E402
 from lmtt.viz.login import OAuth  # noqa: E402
 from lmtt.viz.models import Models  # noqa: E402
-from lmtt.viz.state import Asked, Policy, Server, Shown, State, read_upload, saved  # noqa: E402
+from lmtt.viz.state import (  # noqa: E402
+    UNSAID,
+    Asked,
+    Policy,
+    Server,
+    Shown,
+    State,
+    read_upload,
+    saved,
+)
 
 
 def finished(coroutine):
@@ -185,6 +197,43 @@ def test_a_state_keeps_what_a_link_gave_only_for_the_first_run():
     state.show(Shown(Trace(random_trace(5))))
     assert (state.start, state.picked) == (4, {})
     assert [len(state.recent), state.recent[0] is state.shown] == [2, True]
+
+
+def test_a_bomb_is_a_sentence_that_names_the_file_and_no_folder():
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("run.json", bytes(10_000_000))
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    for content in (bomb.getvalue(), len(header).to_bytes(8, "little") + header):
+        assert len(content) < 20_000
+        with pytest.raises(RunError) as caught:
+            read_upload("bomb.lmtt", content, lambda t: t)
+        assert "bomb.lmtt" in str(caught.value)
+        assert tempfile.gettempdir() not in str(caught.value)
+
+
+def test_a_run_of_too_many_tokens_is_not_opened():
+    content = saved(Trace(random_trace(4, tokens=9)))
+    with pytest.raises(InputError, match="at most 8 tokens, got 9"):
+        read_upload("x.lmtt", content, lambda t: t, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "far"),
+    [
+        (InputError("the prompt is empty", expected="1 or more"), "the prompt is empty, expected 1 or more"),
+        (LmttError("org/model at 3/4 of 1 / 2"), "org/model at 3/4 of 1 / 2"),
+        (LmttError("/srv/secret models/a cannot be read"), UNSAID),
+        (LmttError("a could not be loaded: OSError: '/srv/secret'"), UNSAID),
+        (LmttError("~/secret is missing"), UNSAID),
+        (LmttError("C:\\secret is missing"), UNSAID),
+        (ValueError("secret"), UNSAID),
+    ],
+)
+def test_other_machines_are_told_no_path_and_the_log_everything(error, far, caplog):
+    assert Policy(loopback=False).told(error) == far
+    assert (str(error) in caplog.text) == (far == UNSAID)
+    assert str(error) in Policy().told(error)
 
 
 # --- a session without a browser ---
