@@ -41,7 +41,8 @@ def measure(threads: int, seconds: float) -> dict[str, float]:
     target = torch.empty_like(source)
 
     def registers() -> float:
-        return float(_C.multiply_adds(1_000_000, threads)[0])
+        # Long enough for a thread that begins on the other's processor to be moved: bursts showed one's rate
+        return float(_C.multiply_adds(20_000_000, threads)[0])
 
     def product() -> float:
         torch.mm(a, b, out=c)

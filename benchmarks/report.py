@@ -21,6 +21,7 @@ PICTURES = """
 
 ![Memory against tokens](../docs/images/bench-memory.svg)
 """
+LEAST_PART = 0.1  # of a time, that a difference of two must be to stand for something
 BUSY = 0.1  # processors that others used in the mean, above which figures are not to be trusted
 GIB, MIB = 2**30, 2**20
 
@@ -158,15 +159,17 @@ def kernel_share(
 ) -> float | None:
     """Lanes per second of exact evaluation, over the ceiling of multiply-adds in registers; see README.md.
 
-    With method "ours" blocks are passed over that are counted here, so that the share may exceed 1.
+    With method "ours" blocks are passed over that are counted here, so that the share may exceed 1. None
+    where the difference of the two times is too small a part of them to be one.
     """
     ours = figures.get("attention", method, tokens, screen)
     alone = figures.get("attention", method, tokens, SCREENING_ALONE)
     if ours is None or alone is None:
         return None
     common = {one["layer"] for one in ours["by_layer"]} & {one["layer"] for one in alone["by_layer"]}
-    seconds = len(common) * (layer_seconds(ours, common) - layer_seconds(alone, common))
-    if seconds <= 0:
+    whole = layer_seconds(ours, common)
+    seconds = len(common) * (whole - layer_seconds(alone, common))
+    if not seconds > LEAST_PART * len(common) * whole:
         return None
     D, E, H = int(model["d_model"]), int(model["d_head"]), int(model["n_heads"])
     lanes = 0.0
