@@ -8,6 +8,7 @@
 #   make test-oldest     the tests that touch transformers, on the oldest version that we allow
 #   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
 #   make bench-check     fail if attribution became slower than the stored report of this machine says
+#   make bench-overhead  what profiling itself costs, two minutes
 #   make bench-streaming streaming a checkpoint, against its peers (3.5 GB of disk, 8 GB of memory)
 #   make bench-70b       70B's shape through a small memory limit (40 GB of disk, 6 GB of memory)
 #   make clean   remove the environment and everything built
@@ -24,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo serve test test-sanitize test-oldest models lint bench bench-quick bench-check bench-streaming bench-70b clean setup setup-test setup-bench setup-serve
+.PHONY: demo serve test test-sanitize test-oldest models lint bench bench-quick bench-check bench-overhead bench-streaming bench-70b clean setup setup-test setup-bench setup-serve
 
 setup: $(VENV)/.lmtt-installed
 setup-test: $(VENV)/.lmtt-test-installed
@@ -102,6 +103,9 @@ bench bench-quick: setup-bench
 
 bench-check: setup-bench
 	PYTHONSAFEPATH= $(BIN)/python benchmarks/check.py
+
+bench-overhead: setup-bench
+	PYTHONSAFEPATH= $(BIN)/python benchmarks/overhead.py
 
 bench-streaming bench-70b: setup-bench
 	PYTHONSAFEPATH= $(BIN)/python benchmarks/streaming.py $(if $(filter bench-70b,$@),large,peers)
