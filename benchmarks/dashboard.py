@@ -346,6 +346,7 @@ def served(browser: Browser, moves: int) -> dict[str, dict[str, float]]:
         busy, other = opened(browser, address)[0], opened(browser, address)[0]
         for n in range(FIRST):
             click(other, {"kind": "token", "position": n}, f"token ·t{n} [{n}]")
+        busy.get_by_label("Prompt").fill("a prompt")
         busy.get_by_role("button", name="Trace", exact=True).click()
         busy.get_by_text("of 30").first.wait_for()
         times = []

@@ -74,8 +74,10 @@ class Dashboard:
         self.model = pmui.Select(
             label="Model", options=names, value=names[0] if names else None, margin=(16, 10, 5, 10), **WIDE
         )
+        opened = self.server.opened
+        given = (EXAMPLE if names else "") if opened is None else opened.prompt
         self.prompt = pmui.TextAreaInput(
-            label="Prompt", value=EXAMPLE if names else "", rows=4, max_rows=12, auto_grow=True, **WIDE
+            label="Prompt", value=given, rows=4, max_rows=12, auto_grow=True, **WIDE
         )
         self.generate = pmui.IntInput(label="Output tokens to generate", value=0, start=0, end=256, **WIDE)
         self.floor = pmui.Select(label="Keep edges above", options=[0.0001, 0.001, 0.01], value=0.001, **WIDE)

@@ -15,6 +15,7 @@ import param
 
 from lmtt.errors import InputError, LmttError, RunError
 from lmtt.graph.text import clipped, visible
+from lmtt.spans import prompt_text
 from lmtt.trace import Trace
 from lmtt.viz.jobs import Report, Worker
 from lmtt.viz.models import Models
@@ -81,6 +82,17 @@ class Shown:
     def store(self) -> bytes:
         """What the browser draws it from; half a second's work for the largest."""
         return pack(self.trace.data)
+
+    @property
+    def prompt(self) -> str:
+        """What was asked, to be asked again; empty where a run does not say, or for a conversation."""
+        if "prompt" not in self.trace.meta:
+            return ""
+        try:
+            noted = prompt_text(self.trace.data)
+        except RunError:  # a note that does not fit; what needs it will say so
+            return ""
+        return "" if noted.turns else noted.text
 
     @property
     def label(self) -> str:

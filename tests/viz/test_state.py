@@ -262,6 +262,24 @@ def test_sessions_share_nothing(server):
 
 
 @pytest.mark.parametrize(
+    ("note", "shown"),
+    [
+        ({"text": "a word", "start": [0, 1, 2, 4], "end": [1, 2, 4, 6], "roles": [], "turns": []}, "a word"),
+        ({"text": "chat", "start": [0, 1, 2, 3], "end": [1, 2, 3, 4], "roles": ["user"], "turns": [1]}, ""),
+        ({"text": "cut"}, ""),
+        (None, ""),
+    ],
+)
+def test_the_form_holds_the_prompt_of_the_run_that_is_shown(server, note, shown):
+    data = random_trace(4, tokens=4)
+    meta = {**data.meta, **({} if note is None else {"prompt": note})}
+    given = Server(
+        Models(["m"], lambda name: None), server.worker, Policy(), Trace(dataclasses.replace(data, meta=meta))
+    )
+    assert Dashboard(given, "a").prompt.value == shown
+
+
+@pytest.mark.parametrize(
     "picked",
     [
         {"kind": "attention", "layer": 0, "source": 0, "position": 0},
