@@ -15,6 +15,8 @@ if [ "${1:-}" = --dry-run ]; then
   export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
 fi
 export DRY=$dry
+# Without the options of pyproject.toml: it is strict about settings of plugins that this machine may lack.
+export TESTS="-m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -W ignore tests/gpu/test_kernels.py"
 mkdir -p "$RESULTS"
 failed=0
 
@@ -65,7 +67,7 @@ build() {
 }
 
 tests() { # pytest's arguments
-  PYTHONSAFEPATH=1 "$PYTHON" -m pytest -q -p no:cacheprovider -W ignore tests/gpu/test_kernels.py "$@"
+  PYTHONSAFEPATH=1 "$PYTHON" $TESTS "$@"
 }
 
 # Most of the time goes into compiling each kernel for the first time, on one core: six processes share the tests.
@@ -92,7 +94,7 @@ sanitize() {
   for tool in memcheck racecheck; do
     log=$(mktemp)
     compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$log" \
-      "$PYTHON" -m pytest -q -p no:cacheprovider -W ignore tests/gpu/test_kernels.py -k "$some"
+      "$PYTHON" $TESTS -k "$some"
     code=$?
     tail -n 20 "$log"
     if grep -qiE "not supported|unable to|debugger.* (is )?not" "$log" && ! grep -q "ERROR SUMMARY: [1-9]" "$log"; then

@@ -86,3 +86,21 @@ def test_the_gpu_script_runs_dry(tmp_path):
         assert record["status"] == "ok" or record["detail"][0].startswith("not run: no nvcc"), stage
     assert isinstance(records["gpu"]["results"][0]["triton_attention"], float)
     assert records["stream"]["streamed"]["edges"] > 0
+
+
+@needs_triton
+def test_the_gpu_script_finds_tests_without_any_plugin_of_pytest(tmp_path):
+    """With its own options, as on a machine that has pytest alone and does not know all of our settings."""
+    environment = {**os.environ, "PYTHON": sys.executable, "RESULTS": str(tmp_path)}
+    environment["PYTEST_ADDOPTS"] = "-p no:timeout -p no:hypothesispytest"
+    environment.pop("LMTT_CI", None)
+    run = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "--dry-run", "sanitize"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    record = json.loads((tmp_path / "gpu-sanitize.json").read_text())
+    assert run.returncode == 0, record
+    assert record["status"] == "ok", record
+    collected = re.search(r"(\d+)/\d+ tests collected", record["detail"][-1])
+    assert collected is not None, record
+    assert int(collected[1]) >= 4, record
