@@ -9,6 +9,8 @@ screen 0, a materialised torch decomposition where it fits, and FlashTrace's inn
 Patterns have a sink, a local band and a few far heads, never noise alone; real activations are measured too
 where gpu_capture.py has left some. Each figure is the median of repetitions timed with device events; what
 time does not allow is listed as such. `gates` in the JSON hold what was measured against what was promised.
+The JSON is written anew after each layer, so that a later failure loses nothing; a layer that fails is listed
+with its error, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -329,7 +332,8 @@ def gates(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 seconds = min(times) * 36 / 1e3 if times else None
                 yield gate(f"{at}: 36 layers of {label}, s", seconds, limit)
         if r["shape"] == "llama-3-8b" and r["tokens"] == 10_000:
-            yield gate(f"{at}: completes", None if "not run" in r else 1.0, 1.0, least=True)
+            completes = 0.0 if "failed" in r else None if "not run" in r else 1.0
+            yield gate(f"{at}: completes", completes, 1.0, least=True)
 
 
 def crossover(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -360,6 +364,34 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, int, Callable[[], L
             )
 
 
+def attempt(make: Callable[[], Layer], machine: Machine, seconds: float) -> dict[str, Any]:
+    """Figures of one layer, or why there are none: `not run` without the memory, `failed` at a fault."""
+    try:
+        if machine.cuda:
+            torch.cuda.empty_cache()
+        return measure(make(), machine, seconds)
+    except torch.OutOfMemoryError as error:
+        return {"not run": f"out of memory: {error}"[:200]}
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        return {"failed": f"{type(error).__name__}: {first}"[:300]}
+
+
+def write(path: Path, device: str, results: list[dict[str, Any]]) -> None:
+    """Everything measured so far as JSON, in the place of what was written before, at once."""
+    record = {
+        "device": device,
+        "torch": torch.__version__,
+        "shapes": {name: asdict(shape) for name, shape in (SHAPES | TINY).items()},
+        "results": results,
+        "gates": list(gates(results)),
+        "crossover": list(crossover(results)),
+    }
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -380,35 +412,22 @@ def main() -> None:
     if reason := registry.availability()["triton"]:
         parser.error(f"Triton's kernels cannot run here: {reason}")
     machine, begin = Machine(options.device), time.monotonic()
+    device = machine.name()  # now: a device that has failed may not say
     results: list[dict[str, Any]] = []
     for name, tokens, make in plan(options):
+        shape = {"shape": name, "tokens": tokens}
         if time.monotonic() - begin > options.limit:
-            results.append({"shape": name, "tokens": tokens, "not run": "the time given was spent"})
+            results.append({**shape, "not run": "the time given was spent"})
         else:
-            try:
-                results.append(measure(make(), machine, options.seconds))
-            except torch.OutOfMemoryError as error:
-                why = f"out of memory: {error}"[:200]
-                results.append({"shape": name, "tokens": tokens, "not run": why})
-            if machine.cuda:
-                torch.cuda.empty_cache()
+            results.append({**shape, **attempt(make, machine, options.seconds)})
+        if options.json:
+            write(options.json, device, results)
         shown = {
             k: round(v, 3) if isinstance(v, float) else v
             for k, v in results[-1].items()
             if not k.endswith("_bytes")
         }
         print(json.dumps(shown), flush=True)
-    judged = list(gates(results))
-    record = {
-        "device": machine.name(),
-        "torch": torch.__version__,
-        "shapes": {name: asdict(shape) for name, shape in (SHAPES | TINY).items()},
-        "results": results,
-        "gates": judged,
-        "crossover": list(crossover(results)),
-    }
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
     columns = ("tile_pass_over_flash", "layer_forward", "cuda_over_layer", "triton_over_layer")
     print(
         f"\n{'shape':22} {'T':>6} {'tile/flash':>10} {'layer ms':>10} {'cuda/layer':>10} {'triton/layer':>12}"
@@ -417,10 +436,14 @@ def main() -> None:
         cells = [r.get(k) for k in columns]
         shown_cells = " ".join(f"{c:10.2f}" if isinstance(c, float) else f"{'-':>10}" for c in cells)
         print(f"{r['shape']:22} {r['tokens']:6} {shown_cells}")
-    for g in judged:
+    for g in gates(results):
         word = {None: "not measured", True: "met", False: "MISSED"}[g["met"]]
         got = "" if g["got"] is None else f"{g['got']:.3g} "
         print(f"{g['gate']}: {got}(limit {g['limit']:g}) {word}")
+    failed = [r for r in results if "failed" in r]
+    for r in failed:
+        print(f"{r['shape']}, T = {r['tokens']}: {r['failed']}")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = importlib.util.find_spec("triton") is not None
@@ -104,3 +105,40 @@ def test_the_gpu_script_finds_tests_without_any_plugin_of_pytest(tmp_path):
     collected = re.search(r"(\d+)/\d+ tests collected", record["detail"][-1])
     assert collected is not None, record
     assert int(collected[1]) >= 4, record
+
+
+@needs_triton
+def test_a_failing_layer_loses_no_figure_of_the_others(tmp_path, monkeypatch):
+    """Written after each layer, the fault listed with its first line, and an exit status that says so."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_bench
+
+    path, before = tmp_path / "gpu.json", []
+
+    def measure(layer, machine, seconds):
+        before.append(len(json.loads(path.read_text())["results"]) if path.exists() else 0)
+        if layer == 2:
+            raise RuntimeError("planted\nwith details")
+        if layer == 3:
+            raise torch.OutOfMemoryError("planted")
+        return {"tile_pass": float(layer), "width": 64}
+
+    def plan(options):
+        for n in (1, 2, 3, 4):
+            yield "tiny", n, lambda n=n: n
+
+    monkeypatch.setattr(gpu_bench, "measure", measure)
+    monkeypatch.setattr(gpu_bench, "plan", plan)
+    monkeypatch.setattr(gpu_bench.registry, "availability", lambda: {"triton": None})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["gpu_bench.py", "--dry-run", "--json", str(path)])
+    with pytest.raises(SystemExit) as end:
+        gpu_bench.main()
+    assert end.value.code
+    assert before == [0, 1, 2, 3], "the file holds all that was measured before"
+    results = json.loads(path.read_text())["results"]
+    assert [r["tokens"] for r in results] == [1, 2, 3, 4]
+    assert [r.get("tile_pass") for r in results] == [1.0, None, None, 4.0]
+    assert results[1]["failed"] == "RuntimeError: planted"
+    assert results[2]["not run"] == "out of memory: planted"
+    assert list(tmp_path.iterdir()) == [path]
