@@ -572,11 +572,13 @@ def _chunk(
     heads_fixed = torch.zeros(count, heads, dtype=torch.int64, device=device)
     lost = torch.zeros(count, dtype=torch.float64, device=device)  # NaN where an exact value is
     found: list[Pairs] = []
+    evaluated = 0
     chunk = Chunk(task, of, rows, lse, others, along_signs)
     listed_in_full = (scalars["listed"] * unit).float()
 
     def add(listed: Listed, value: Tensor) -> None:
-        out.evaluated += len(value)
+        nonlocal evaluated
+        evaluated += len(value)
         deposit(value, listed.row, listed.source, listed.head, quantum, edges_fixed, heads_fixed, lost)
         if task.keep is not None:
             (n,) = (value > listed_in_full[listed.row]).nonzero(as_tuple=True)
@@ -614,9 +616,12 @@ def _chunk(
     out.certificate[rows] = certificate(skipped, total).float()
     defect = (signed + others.signed - others.mass).abs()
     out.checksum[rows] = divide(defect, absolute + others.absolute).float()
-    out.positive += int(hopeful.sum())
-    if task.keep is not None and found:
-        out.kept.append(_keep(found, out.edges, total, rows, task.keep))
+    positive = int(hopeful.sum())
+    kept = [] if task.keep is None or not found else [_keep(found, out.edges, total, rows, task.keep)]
+    # After all that may run out of memory: the rows are then done again, and what adds up would count twice.
+    out.evaluated += evaluated
+    out.positive += positive
+    out.kept += kept
 
 
 def _head_groups(bits: Tensor, per_step: int) -> list[slice]:

@@ -248,3 +248,37 @@ def test_twenty_runs_give_the_same_bits(case, device, backend):
         assert all(bool(x.isfinite().all()) for x in now), "an element that nobody wrote"
         first = first or now
         assert all(torch.equal(x, y) for x, y in zip(first, now, strict=True))
+
+
+def test_rows_done_again_after_running_out_of_memory_count_once(case, device, triton, monkeypatch):
+    """Out of memory in the very last step of a chunk, in the first pass and in that of uncertified rows."""
+    from lmtt.kernels.proximity import fused
+
+    task = case.attention(45, 16, 48, screen=1e-3, keep=0.0, max_certificate=0.0)
+    task = case.moved(task, device)
+    monkeypatch.setattr(fused, "_rows_at_once", lambda *_: 22)
+    want = fused.attention_contributions(task)
+    assert want.reevaluated > 0
+    assert want.evaluated > 0
+    monkeypatch.setattr(fused, "_rows_at_once", lambda *_: 45)
+    keep, calls = fused._keep, []
+
+    def failing(*arguments):
+        calls.append(len(arguments[3]))
+        if calls[-1] > 22:
+            raise torch.OutOfMemoryError("planted")
+        return keep(*arguments)
+
+    monkeypatch.setattr(fused, "_keep", failing)
+    with pytest.warns(RuntimeWarning, match="out of device memory with 45 rows at a time; going on with 22"):
+        got = fused.attention_contributions(task)
+    assert sum(rows > 22 for rows in calls) == 2, "both passes failed once"
+    for name, expected in vars(want).items():
+        found = getattr(got, name)
+        pairs = zip(found, expected, strict=True) if name == "kept" else [(found, expected)]
+        for x, y in pairs:
+            if isinstance(y, torch.Tensor):
+                assert bool(y.isfinite().all()), name
+                assert torch.equal(x, y), name
+            else:
+                assert x == y, name
