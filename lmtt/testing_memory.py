@@ -1,5 +1,5 @@
-"""What traces within a memory limit really take: each in a process of its own, forked from one that has
-imported everything.
+"""What traces within a memory limit really take, and how far the plan was from it: each in a process of its
+own, forked from one that has imported everything.
 
     python -m lmtt.testing_memory < cases.json    # a list of `Case`s; a list of `Outcome`s on stdout
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,20 @@ import numpy as np
 import torch
 
 SECONDS_BETWEEN_LOOKS = 0.001
+MIB = 1 << 20
+OVER, UNDER = 0.10, 0.05  # how far a plan may be above and below what was measured, of what was measured
+PAGES_OVER, PAGES_UNDER = (
+    12 * MIB,
+    6 * MIB,
+)  # the same of small figures, which the allocator's waste dominates
+AMPLE = "8GiB"
 
 
 @dataclass(frozen=True)
 class Case:
     """A trace to be measured."""
 
-    folder: str
+    folder: str | None  # None: the demo model
     tokens: int
     memory: str | None
     dtype: str = "float32"
@@ -46,6 +55,45 @@ class Outcome:
     way: str = ""
     seen: int = 0  # what a thread saw that knows nothing of the run
     phases: dict[str, int] | None = None  # of that, by the phase of the clock
+
+    @property
+    def off(self) -> float:
+        """How far the plan is above (or below) what was measured, of that."""
+        assert self.planned is not None
+        assert self.measured is not None
+        return self.planned["total"] / self.measured["total"] - 1
+
+    @property
+    def as_planned(self) -> bool:
+        """Within 10 % of what was measured, never below it by more than 5 %."""
+        assert self.planned is not None
+        assert self.measured is not None
+        measured, over = self.measured["total"], self.planned["total"] - self.measured["total"]
+        return -max(UNDER * measured, PAGES_UNDER) <= over <= max(OVER * measured, PAGES_OVER)
+
+
+def least_memory(folder: str | None, tokens: int, dtype: str, prompts: int = 1) -> int:
+    """Bytes that the planner says a first pass needs at least."""
+    from lmtt.checkpoint.load import quiet_transformers, read_config, resolve
+    from lmtt.profile.planning import sizes
+    from lmtt.streaming.plan import smallest_limit
+
+    source = resolve(folder)
+    with quiet_transformers():
+        dims, weights = sizes(source, read_config(source), dtype, "cpu")
+    return smallest_limit(dims.shapes, weights, [tokens] * prompts)
+
+
+def measure(cases: Sequence[Case]) -> list[Outcome]:
+    """Each in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lmtt.testing_memory"],
+        input=json.dumps([asdict(case) for case in cases]),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-3000:])
+    return [Outcome(**one) for one in json.loads(done.stdout)]
 
 
 def write_llama(folder: Path, dtype: torch.dtype, *, tied: bool = False, **sizes: int) -> Path:

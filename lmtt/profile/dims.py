@@ -34,14 +34,14 @@ class Dims:
         return self.shapes.itemsize
 
 
-def dims_of(model: Any, dtype: torch.dtype) -> Dims:
+def dims_of(model: Any, dtype: torch.dtype, device: str = "cpu") -> Dims:
     """Of a transformers model, on the meta device or not.
 
     StructureError if its config does not say one size for all layers.
     """
     _, layers = find_layers(model)
     try:
-        shapes = Shapes.of(model, len(layers), dtype)
+        shapes = Shapes.of(model, len(layers), dtype, device)
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise StructureError(
             f"{type(model).__name__} cannot be planned for: its config does not say one size for all layers",
@@ -61,8 +61,13 @@ def dims_of(model: Any, dtype: torch.dtype) -> Dims:
     )
 
 
-def weights_of(model: Any, dtype: torch.dtype, stored: float) -> Weights:
-    """Bytes of the weights; `stored`: of each parameter in the checkpoint."""
+def weights_of(
+    model: Any, dtype: torch.dtype, stored: float, *, tokenizer: tuple[int, int] = (0, 0)
+) -> Weights:
+    """Bytes of the weights; `stored`: of each parameter in the checkpoint.
+
+    tokenizer : bytes that it takes, and while it is read.
+    """
     _, layers = find_layers(model)
     size = dtype.itemsize
     counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
@@ -80,6 +85,9 @@ def weights_of(model: Any, dtype: torch.dtype, stored: float) -> Weights:
             c * size + int((1 + PACKING) * p * size) for c, p in zip(cast, packed, strict=True)
         ),
         raw_total=int(sum(ahead) * stored),
+        head=int(model.get_output_embeddings().weight.numel() * stored),
+        tokenizer=tokenizer[0],
+        reading_tokenizer=tokenizer[1],
     )
 
 

@@ -23,9 +23,9 @@ from lmtt.profile.efficiency import FITTED_ON
 from lmtt.profile.predict import ASSUMED_SHARE, Prediction, predict
 from lmtt.profile.work import NEURONS, expected_pairs, kept_bytes
 from lmtt.streaming.assign import build
-from lmtt.streaming.load import LEFT_FREE, available
+from lmtt.streaming.load import LEFT_FREE, available, tokenizer_bytes
 from lmtt.streaming.plan import Plan, Weights, estimate, in_words, make_plan, parse_bytes
-from lmtt.streaming.weights import LayerWeights, StreamedWeights
+from lmtt.streaming.weights import LayerWeights, ResidentWeights, StreamedWeights
 
 EDGE_BYTES = 5  # of an edge in the browser (viz/store.py)
 PAGE_BYTES = 2 << 20  # of a page without edges
@@ -145,20 +145,26 @@ def plan_run(
     with quiet_transformers(), fast_reader():
         config = read_config(source)
     check_tokens(config, tokens)
-    kind = parse_dtype(dtype, torch.device(ceilings.device))
-    if kind == "auto":
-        kind = _stored_dtype(config)
-    as_stored = _stored_dtype(config)  # building writes the other dtype into the config
-    with quiet_transformers():
-        empty = build(config, kind)
-    dims = dims_of(empty, kind)
-    weights = weights_of(empty, kind, _stored_bytes(source, config, as_stored, dims.parameters))
+    dims, weights = sizes(source, config, dtype, ceilings.device)
     limit, why = _limit(limit, ceilings)
     plan = make_plan(dims.shapes, weights, limit, [tokens])
     return Planned(
         source.name, tokens, limit, why, dims, weights, plan, ceilings,
         predict(dims, ceilings, [tokens], plan, weights),
     )  # fmt: skip
+
+
+def sizes(source: Source, config: Any, dtype: str, device: str) -> tuple[Dims, Weights]:
+    """Of a model in a dtype on a kind of device; no weight is read. InputError for an unknown dtype."""
+    kind = parse_dtype(dtype, torch.device(device))
+    as_stored = _stored_dtype(config)  # building writes the other dtype into the config
+    if kind == "auto":
+        kind = as_stored
+    with quiet_transformers():
+        empty = build(config, kind)
+    dims = dims_of(empty, kind, device)
+    stored = _stored_bytes(source, config, as_stored, dims.parameters)
+    return dims, weights_of(empty, kind, stored, tokenizer=tokenizer_bytes(source, dims.shapes.d_vocab))
 
 
 def planned_cost(
@@ -171,13 +177,14 @@ def planned_cost(
     """
     dtype = model.dtype
     try:
-        dims = dims_of(model, dtype)
+        dims = dims_of(model, dtype, model.get_input_embeddings().weight.device.type)
     except StructureError as error:
         return {"unplanned": str(error)}
     if isinstance(where, StreamedWeights):
         weights, plan = where.weights, where.plan(tokens, full=full)
     else:
-        weights = weights_of(model, dtype, dtype.itemsize)
+        known_weights = where.weights if isinstance(where, ResidentWeights) else None
+        weights = known_weights or weights_of(model, dtype, dtype.itemsize)
         workspace = where.workspace(tokens, full=full)
         room = estimate(dims.shapes, weights, tokens, resident=True, ring=0, workspace=workspace, full=full)
         plan = Plan(True, workspace, room)

@@ -21,7 +21,7 @@ from lmtt.checkpoint.load import load as load_all
 from lmtt.checkpoint.open import open_source
 from lmtt.streaming.assign import build
 from lmtt.streaming.meter import Meter
-from lmtt.streaming.plan import NOMINAL_TOKENS
+from lmtt.streaming.plan import NOMINAL_TOKENS, READING, TOKENIZER
 from lmtt.streaming.weights import LayerWeights, ResidentWeights, StreamedWeights
 from lmtt.structure.replay import find_layers
 
@@ -62,7 +62,10 @@ def read_within(
         model = build(config, kind)
         weights_at = open_source(source, config)
     try:
-        streamed = StreamedWeights(weights_at, model, find_layers(model)[0], kind, device, limit, meter)
+        streamed = StreamedWeights(
+            weights_at, model, find_layers(model)[0], kind, device, limit, meter,
+            tokenizer_bytes(source, int(config.get_text_config().vocab_size)),
+        )  # fmt: skip
         if streamed.would_stay(_nominal(config)):
             weights_at.close()
             known = (streamed.shapes, streamed.weights) if named else ()
@@ -75,6 +78,14 @@ def read_within(
     with quiet_transformers(), fast_reader():
         tokenizer = read_tokenizer(source)
     return Loaded(model, tokenizer, source.name, facts_of(source, config)), streamed
+
+
+def tokenizer_bytes(source: Source, vocabulary: int) -> tuple[int, int]:
+    """What the tokenizer that comes with a model takes, and while it is read; of a hub id one is assumed."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if source.kind == "directory" and not any((Path(source.folder) / name).is_file() for name in names):
+        return 0, 0
+    return TOKENIZER * vocabulary, READING["json" if source.gguf is None else "gguf"] * vocabulary
 
 
 def _nominal(config: Any) -> int:

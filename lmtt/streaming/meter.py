@@ -176,6 +176,16 @@ def give_back() -> None:
         mallopt(_M_TRIM_THRESHOLD, OWN_PAGES)
 
 
+def trim() -> None:
+    """Give what was freed back to the system, between blocks that are still held as well.
+
+    Where a small result lies above what a layer freed, glibc keeps all of that.
+    """
+    release = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if release is not None:
+        release(0)
+
+
 class Meter:
     """Measures a model's loading and its passes, and keeps them within `limit` bytes if there is one.
 
@@ -254,6 +264,8 @@ class Meter:
         self._peaks[part] = max(self._peaks.get(part, 0), most)
         if self.limit is not None and most > self.limit:
             raise self._exceeded(f"was exceeded: {part} took {in_words(most)}")
+        if self.limit is not None and self._device.type == "cpu":
+            trim()
         self._gauge.restart()
 
     def _exceeded(self, what: str) -> InputError:

@@ -16,13 +16,17 @@ import torch
 
 from lmtt.errors import InputError
 
-FIXED = 24 << 20  # threads, allocator, what is imported on first use: fitted to what runs took
+FIXED = 14 << 20  # the model's modules, what is imported on first use, what the allocator wastes
+GEMM_DEPTH = 192  # rows of a matrix that each thread of a float32 product lays out anew; the room is kept
+TOKENIZER = 860  # bytes of each entry of a vocabulary that a tokenizer holds
+READING = {"json": 1300, "gguf": 2240}  # the same while it is read from such a file, at the most
+EDGES = 24  # kept of each row in the mean; prose leaves 16
+KEPT_OF_A_ROW = 20 * 12 + 9 * 4  # bytes: top neurons, shares
 WORKSPACE = 64 << 20  # what the kernels are given, unless less fits
 SMALLEST_WORKSPACE = 1 << 20
 RECORD = 24  # bytes of a pair that is evaluated exactly, and of finding it again
-PREDICTION_WORKSPACE = (
-    16 << 20
-)  # of logits; of all phases this one would hold the most, and gains nothing by it
+POSITIVE = 2 / 3  # of all pairs have a positive bound; without screening all these are evaluated
+PREDICTION_WORKSPACE = 16 << 20  # of logits, which gain nothing by more
 PACKING = 4 / 3  # of a layer's experts, what transformers' packing holds besides
 LAYERS_AHEAD = 2  # read at most while one computes
 NOMINAL_TOKENS = 512  # a model that fits for a prompt of so many stays resident
@@ -60,27 +64,38 @@ class Shapes:
     d_vocab: int
     itemsize: int
     eager: bool  # attention materialises T x T scores in float32
+    device: str = "cpu"  # whose memory is limited; results and tokenizer are the host's
 
     @staticmethod
-    def of(model: Any, layers: int, dtype: torch.dtype) -> Shapes:
+    def of(model: Any, layers: int, dtype: torch.dtype, device: str = "cpu") -> Shapes:
+        """From the config; of a list, with an entry for each layer, the largest: that makes the peak."""
         config = model.config.get_text_config()
-        heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        width = int(config.hidden_size)
-        routed = int(getattr(config, "num_experts_per_tok", 0) or 0)
-        dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
-        experts = int(getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0) or 0)
-        expert = int(getattr(config, "moe_intermediate_size", 0) or dense)
-        shared = int(getattr(config, "shared_expert_intermediate_size", 0) or 0)
+
+        def size(name: str) -> int:
+            value = getattr(config, name, None) or 0
+            return (
+                max((int(one or 0) for one in value), default=0)
+                if isinstance(value, (list, tuple))
+                else int(value)
+            )
+
+        heads, width = size("num_attention_heads"), size("hidden_size")
+        dense = size("intermediate_size") or size("n_inner") or 4 * width
+        routed, experts = size("num_experts_per_tok"), size("num_experts") or size("num_local_experts")
+        experts = experts or size("n_routed_experts")
+        expert = size("moe_intermediate_size") or dense
+        shared = size("shared_expert_intermediate_size") or size("n_shared_experts") * expert
         return Shapes(
             layers=layers,
             heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            kv_heads=size("num_key_value_heads") or heads,
             d_model=width,
-            d_head=int(getattr(config, "head_dim", None) or (width // heads if heads else 0)),
-            d_mlp=experts * expert + shared if experts and routed else int(dense),
-            d_vocab=int(config.vocab_size),
+            d_head=size("head_dim") or (width // heads if heads else 0),
+            d_mlp=max(dense, experts * expert + shared) if experts and routed else dense,
+            d_vocab=size("vocab_size"),
             itemsize=dtype.itemsize,
             eager=getattr(config, "_attn_implementation", None) == "eager",
+            device=device,
         )
 
 
@@ -93,6 +108,9 @@ class Weights:
     raw_layer: int  # the largest layer as stored
     decoded_layer: int  # the most that a layer takes besides its raw bytes: casts, dequantised and packed
     raw_total: int  # all layers as stored
+    head: int = 0  # the unembedding as stored
+    tokenizer: int = 0  # what the tokenizer takes, 0 without one
+    reading_tokenizer: int = 0  # what it takes while it is read
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ class Bytes:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(int(getattr(self, field.name)) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -120,6 +138,7 @@ class Plan:
     resident: bool
     workspace: int
     bytes: Bytes
+    keeps_head: bool = False  # the unembedding, once it was read
 
     @property
     def arena(self) -> int:
@@ -127,21 +146,29 @@ class Plan:
 
 
 def activations(shapes: Shapes, tokens: int) -> int:
-    """What a layer's forward takes at once, with copies that the capture keeps.
+    """What a layer's forward takes at the most, when gate, up and their product are there at once.
 
-    Queries to outputs, MLP, norms, scores.
+    By then the attention is over. What it freed is in blocks that are used again, not given back.
     """
     s, T = shapes, tokens
-    attention = (s.heads + 2 * s.kv_heads) * s.d_head + 2 * (s.heads - s.kv_heads) * s.d_head
-    attention += 4 * s.heads * s.d_head
-    scores = 3 * s.heads * T * 4 if s.eager else T * s.itemsize
-    return T * ((attention + 4 * s.d_mlp + 6 * s.d_model) * s.itemsize + 3 * s.d_model * 4 + scores)
+    attention = (s.heads + 2 * s.kv_heads + 2 * (s.heads + s.kv_heads) + 2 * s.heads) * s.d_head
+    scores = 3 * s.heads * T * 4 if s.eager else 0
+    return T * ((attention + 3 * s.d_mlp + 7 * s.d_model) * s.itemsize + scores)
+
+
+def discovery(shapes: Shapes, tokens: int) -> int:
+    """What a layer's forward takes while its structure is found: all that it makes is held to its end."""
+    s, T = shapes, tokens
+    attention = (2 * s.heads + 2 * s.kv_heads) * s.d_head + 9 * (s.heads + s.kv_heads) * s.d_head // 2
+    norms = 4 * s.d_model * 4 if s.itemsize < 4 else 0  # in float32
+    scores = 3 * s.heads * T * 4 if s.eager else 0
+    return T * ((attention + 4 * s.d_mlp + 10 * s.d_model) * s.itemsize + norms + scores)
 
 
 def captured(shapes: Shapes, tokens: int) -> int:
-    """What of it is still there when the kernels run."""
+    """What of a forward is not given back when the kernels run; its proof sums a few rows only."""
     s = shapes
-    return tokens * ((s.heads + 2 * s.kv_heads) * s.d_head + s.d_mlp + 6 * s.d_model) * s.itemsize
+    return activations(s, tokens) - tokens * (2 * s.d_mlp - 2 * s.d_model) * s.itemsize
 
 
 def attribution(shapes: Shapes, tokens: int, workspace: int) -> int:
@@ -151,55 +178,86 @@ def attribution(shapes: Shapes, tokens: int, workspace: int) -> int:
     values in panels, a quarter for directions, each no more than there is.
     """
     s, T = shapes, tokens
-    copies = 1 if s.itemsize >= 4 else 2  # a weight is widened, then laid out in rows
-    states = 3 * T * s.d_model * 4 if s.itemsize < 4 else 0
-    heads = s.heads * s.d_head
-    panels = (2 * s.kv_heads * s.d_head * T + heads * s.d_model) * 4
-    attention = copies * heads * s.d_model * 4 + (heads + 2 * s.kv_heads * s.d_head) * T * 4
-    attention += min(workspace // 2, RECORD * s.heads * T * T // 2) + min(workspace // 4, T * heads * 4)
-    attention += (panels if panels <= workspace // 4 else 0) + 4 * T * T
-    neurons = (copies * s.d_model + s.d_model // 16) * s.d_mlp * 4
-    neurons += min(workspace // 2, 4 * T * s.d_mlp) + (T * s.d_mlp * 4 if s.itemsize < 4 else 0)
-    return max(attention, neurons) + states
+    heads, kv = s.heads * s.d_head, s.kv_heads * s.d_head
+    widened = s.itemsize < 4  # float32 queries, keys, values, activations and W_O are read where they lie
+    # W_down is widened, then laid out in rows: for a moment it is there twice.
+    twice = 2 if widened else 1
+    states = 3 * T * s.d_model * 4 if widened else 0
+    panels = (2 * kv * T + heads * s.d_model) * 4
+    pairs = min(workspace // 2, int(POSITIVE * RECORD * s.heads * T * T / 2)) + min(
+        workspace // 4, T * heads * 4
+    )
+    pairs += panels if panels <= workspace // 4 else 0
+    w_down = s.d_mlp * s.d_model * 4
+    copies = (heads * s.d_model + (heads + 2 * kv) * T) * 4 if widened else 0
+    attention = copies + 4 * T * T + states + pairs
+    act = T * s.d_mlp * 4 if widened else 0
+    rows = w_down // 16 + min(workspace // 2, 4 * T * s.d_mlp)
+    return max(attention, act + max(twice * w_down, w_down + states + rows))
 
 
-def predictions(shapes: Shapes, tokens: int, *, resident: bool) -> int:
+def predictions(shapes: Shapes, tokens: int, *, resident: bool, kept: bool = False) -> int:
     """What logits over the vocabulary take at once, a tile of it at a time.
 
-    A tile that is read is held as stored and as computed with; a resident one is used where it lies.
+    A tile that is read is held as stored and as computed with; one that is `kept` as stored is decoded; a
+    resident one is used where it lies. 16-bit tiles are widened.
     """
-    tiles = 0 if resident and shapes.itemsize >= 4 else 1 if resident else 2
-    held = min(tiles * PREDICTION_WORKSPACE, 4 * tiles * shapes.d_vocab * shapes.d_model)
-    return PREDICTION_WORKSPACE + held + 3 * tokens * shapes.d_model * 4
+    s = shapes
+    tile = min(s.d_vocab, PREDICTION_WORKSPACE // (16 * tokens + 4 * s.d_model))
+    # Logits, a copy and their order; states before and after the last norm.
+    logits = 16 * tokens * tile + 5 * tokens * s.d_model * 4
+    widened = 4 if s.itemsize < 4 else 0
+    copies = widened if resident else s.itemsize + widened if kept else 8
+    return logits + copies * tile * s.d_model
+
+
+def fixed(shapes: Shapes, weights: Weights, threads: int) -> int:
+    """What is there whatever the prompt: modules, tokenizer, room in which products lay matrices out."""
+    s = shapes
+    if s.device != "cpu":
+        return FIXED
+    widest = max(s.d_mlp, s.heads * s.d_head, s.d_model)
+    return FIXED + weights.tokenizer + threads * GEMM_DEPTH * 4 * widest
 
 
 def estimate(
     shapes: Shapes, weights: Weights, tokens: Sequence[int], *, resident: bool, ring: int, workspace: int,
-    full: bool = True,
+    full: bool = True, head: bool = False,
 ) -> Bytes:  # fmt: skip
-    """Bytes of a pass over prompts of these lengths.
+    """Bytes of a first pass over prompts of these lengths.
 
     ring : bytes for raw layers read ahead; workspace : what the kernels are given.
-    full : the residual stream of every layer is kept.
+    full : the residual stream of every layer is kept; head : so is the unembedding, once it was read.
     """
     longest, every = max(tokens), sum(tokens)
-    forward, loaded = activations(shapes, longest), (0 if resident else ring + weights.decoded_layer)
-    # Kernels run when a layer's forward is over; predictions come when its weights are gone, too.
-    kernels = captured(shapes, longest) + attribution(shapes, longest, workspace) - forward
-    working = max(0, kernels, predictions(shapes, longest, resident=resident) - loaded - forward)
     state = shapes.d_model * shapes.itemsize
-    kept = every * (shapes.layers + 1) * (state if full else 0)
-    edges = sum(min(T * T // 2, 64 * T) for T in tokens) * shapes.layers * 24
+    loaded = 0 if resident else ring + weights.decoded_layer
+    results = every * (shapes.layers + 1) * (state if full else 0)
+    kept = [T * (KEPT_OF_A_ROW + min(T // 2, EDGES) * 24) for T in tokens]
+    results = results + sum(kept) * shapes.layers if shapes.device == "cpu" else 0
+    # A structure is discovered in the first layers, when there are no results; all layers are run and leave
+    # what the kernels work on; predictions come when no layer's weights are there any more.
+    forward = max(activations(shapes, longest), discovery(shapes, longest) - results)
+    kernels = captured(shapes, longest) + attribution(shapes, longest, workspace)
+    tail = predictions(shapes, longest, resident=resident, kept=head) + (weights.head if head else 0)
     return Bytes(
-        fixed=FIXED,
+        fixed=fixed(shapes, weights, torch.get_num_threads()),
         resident=weights.all if resident else weights.rest + every * state,
         ring=0 if resident else ring,
         decoded=0 if resident else weights.decoded_layer,
         hidden=2 * every * state,
         activations=forward,
-        attribution=working,
-        results=kept + edges,
+        attribution=max(0, kernels - forward, tail - loaded - forward),
+        results=results,
     )
+
+
+def loading(shapes: Shapes, weights: Weights, *, resident: bool) -> int:
+    """Bytes while a model is loaded, at the most: its tokenizer is read when its weights are there."""
+    held = weights.all if resident else weights.rest
+    if shapes.device != "cpu":
+        return FIXED + held
+    return FIXED + weights.reading_tokenizer + held
 
 
 def make_plan(
@@ -218,10 +276,9 @@ def make_plan(
 
     Raises InputError with the smallest limit that works if this one does not.
     """
-    if may_stay and not must_stay:
+    if may_stay and not must_stay and stays(shapes, weights, limit, tokens, full=full):
         whole = estimate(shapes, weights, tokens, resident=True, ring=0, workspace=WORKSPACE, full=full)
-        if whole.total <= limit:
-            return Plan(True, WORKSPACE, whole)
+        return Plan(True, WORKSPACE, whole)
     ring = 0 if must_stay else weights.raw_layer
     for workspace in _workspaces():
         one = estimate(shapes, weights, tokens, resident=must_stay, ring=ring, workspace=workspace, full=full)
@@ -231,20 +288,37 @@ def make_plan(
         raise _too_little(limit, one, tokens)
     if must_stay:
         return Plan(True, workspace, one)
+    load = loading(shapes, weights, resident=False)
+    if load > limit:
+        raise InputError(
+            f"memory={in_words(limit)} is too little to load the model",
+            expected=f"at least {in_words(load)}",
+            remedy=f"reading its tokenizer takes {in_words(weights.reading_tokenizer)} of it",
+        )
     # A layer lies in one piece: room for part of one would never be used.
     ahead = min(LAYERS_AHEAD, (limit - one.total) // max(1, weights.raw_layer)) * weights.raw_layer
     ring = min(weights.raw_layer + ahead, weights.raw_total)
-    return Plan(
-        False,
-        workspace,
-        estimate(shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full),
-    )
+
+    def streamed(head: bool) -> Bytes:
+        return estimate(
+            shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full, head=head
+        )
+
+    keeps = streamed(True).total <= limit
+    return Plan(False, workspace, streamed(keeps), keeps)
+
+
+def stays(shapes: Shapes, weights: Weights, limit: int, tokens: Sequence[int], *, full: bool = True) -> bool:
+    """Whether the limit holds all weights with prompts of these lengths."""
+    whole = estimate(shapes, weights, tokens, resident=True, ring=0, workspace=WORKSPACE, full=full)
+    return max(whole.total, loading(shapes, weights, resident=True)) <= limit
 
 
 def smallest_limit(shapes: Shapes, weights: Weights, tokens: Sequence[int], *, full: bool = True) -> int:
     """Bytes that a pass over such prompts needs at least, its weights read layer by layer."""
     ring, workspace = weights.raw_layer, SMALLEST_WORKSPACE
-    return estimate(shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full).total
+    one = estimate(shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full)
+    return max(one.total, loading(shapes, weights, resident=False))
 
 
 def _workspaces() -> Iterator[int]:

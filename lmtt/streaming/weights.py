@@ -22,7 +22,7 @@ from lmtt.streaming.assign import Unit, assign, convert
 from lmtt.streaming.experts import Lender, split
 from lmtt.streaming.generating import forwards
 from lmtt.streaming.meter import Meter
-from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, estimate, in_words, make_plan
+from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, in_words, make_plan, stays
 from lmtt.streaming.products import ByParts, Kind
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
@@ -93,6 +93,7 @@ class ResidentWeights(LayerWeights):
         self.traffic = Traffic()
         self.meter = meter
         self._known = None
+        self.weights = weights  # None where nobody looked at the checkpoint first
         if shapes is not None and weights is not None and meter.limit is not None:
             self._known = (shapes, weights, meter.limit)
 
@@ -136,6 +137,7 @@ class StreamedWeights(LayerWeights):
         device: torch.device,
         limit: int,
         meter: Meter | None = None,
+        tokenizer: tuple[int, int] = (0, 0),
     ) -> None:
         self.meter = Meter(device, limit) if meter is None else meter
         self._source, self._model, self._dtype, self._device = source, model, dtype, device
@@ -149,8 +151,8 @@ class StreamedWeights(LayerWeights):
         self._meta: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
         self._lender = Lender(source, model, dtype, self._assignment.dtypes, device, self._set)
         self._embedding, self._unembedding = self._vocabulary_tensors()
-        self.shapes = Shapes.of(model, len(self._placements), dtype)
-        self.weights = self._sizes()
+        self.shapes = Shapes.of(model, len(self._placements), dtype, device.type)
+        self.weights = replace(self._sizes(), tokenizer=tokenizer[0], reading_tokenizer=tokenizer[1])
         self.bytes_read = 0
         self.traffic = Traffic()
         self._check = True  # damaged weights are looked for
@@ -222,6 +224,7 @@ class StreamedWeights(LayerWeights):
                 for unit in units
             ),
             raw_total=sum(p.nbytes for p in self._placements),
+            head=self._source.tensors[self._unembedding].nbytes,
         )
 
     def plan(self, tokens: Sequence[int], *, full: bool = True) -> Plan:
@@ -235,8 +238,7 @@ class StreamedWeights(LayerWeights):
 
     def would_stay(self, tokens: int) -> bool:
         """Whether the limit holds the whole model with a prompt of so many tokens."""
-        whole = estimate(self.shapes, self.weights, [tokens], resident=True, ring=0, workspace=WORKSPACE)
-        return whole.total <= self._limit
+        return stays(self.shapes, self.weights, self._limit, [tokens])
 
     # --- what stays ---
 
@@ -318,7 +320,7 @@ class StreamedWeights(LayerWeights):
             self.traffic.seconds_reading += ring.seconds_reading
             decoded.clear()  # whoever holds on to the turn does not hold on to its memory
         self.meter.mark("layers")
-        if plan.bytes.total - plan.arena - plan.bytes.decoded + self._head.nbytes <= self._limit:
+        if plan.keeps_head:
             self._head.keep()
 
     @contextmanager
