@@ -213,6 +213,7 @@ class Meter:
         elif self.limit is not None:
             give_back()
             gc.collect()  # a model that nobody holds any more is not what the process has
+            trim()
         with self._measuring(mapping=True):
             self._base = self._begun()
             yield
@@ -229,6 +230,8 @@ class Meter:
         if self._depth:
             yield
             return
+        if self.limit is not None and self._device.type == "cpu":
+            trim()  # as every mark does: what others freed would go then, and be taken for ours
         with self._measuring(mapping=False):
             if self._gauge is not None:
                 self._base = self._begun() - held - self._overhead
