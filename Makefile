@@ -6,7 +6,7 @@
 #   make lint    ruff and mypy
 #   make models  sweep every model type of the installed transformers and write docs/models.md
 #   make test-oldest     the tests that touch transformers, on the oldest version that we allow
-#   make bench   measure everything and judge it (25 minutes on a quiet machine); bench-quick is a part of it
+#   make bench   measure everything and judge it (three quarters of an hour); bench-quick is a part of it
 #   make bench-check     fail if attribution became slower than the stored report of this machine says
 #   make bench-overhead  what profiling itself costs, two minutes
 #   make bench-streaming streaming a checkpoint, against its peers (3.5 GB of disk, 8 GB of memory)
