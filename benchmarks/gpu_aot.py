@@ -5,7 +5,8 @@
 For sm_80 and sm_90: registers, spills, local and shared memory of every Triton kernel at the tile sizes that
 are shipped, and of every .cu where nvcc is there; and from the machine code the instructions of the innermost
 loop by kind, divided by the elements that it works on. Exits with 1 where anything spills, uses local memory
-or exceeds the chip's shared memory. `--full` compiles every head width; otherwise one of each kind.
+or exceeds the chip's shared memory. `--full` compiles every head width; otherwise one of each kind. float16
+has the kernels of bfloat16 and is tried at one width.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
 
     plain = {"SOFTCAP": False, "WINDOW": False, "MASK": 0, "ALIBI": False}
     loaded = {"SOFTCAP": True, "WINDOW": True, "MASK": 2, "ALIBI": True}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    few = {"bf16": (128, 80, 256), "fp16": (128,), "fp32": (64,)}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         split = name != "fp32"
-        for width in WIDTHS if full else ((128, 80, 256) if split else (64,)):
+        for width in WIDTHS if full and name != "fp16" else few[name]:
             t, step = tile(width, dtype, chip), depth_step(width)
             heads = {"E": width, "BE": step, "E_V": width, "BE_V": step}
             sizes = {**heads, "BM": t.BM, "BN": t.BN, "SPLIT": split}
@@ -175,7 +177,7 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                 4, 2, 32 * proximity.DENSE_SOURCES * proximity.DENSE_DEPTH,
             )  # fmt: skip
             words = screen.TURNED_WORDS
-            if split:
+            if name == "bf16":  # those that read no inputs, or turn each number into float32 at once
                 yield Case("turn_bits", screen._turn_bits, name, {"WORDS": words}, 4, 3, words * 1024)
                 yield Case("split", _split, name, {"BLOCK": 1024}, 4, 3, 1024)
                 yield Case("part", rows._part, name, {"BLOCK": rows.DEPTH}, 4, 3, rows.DEPTH)
@@ -186,7 +188,7 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                 f"coefficients {name} {width}", proximity._coefficients, name,
                 {**heads, "BL": bl, "SPLIT": split, **plain, "ROW_SCALE": True}, 4, 3, bl * width,
             )  # fmt: skip
-        if split:
+        if name == "bf16":
             sizes = {"BLOCK": neurons.BLOCK, "K": 32}
             yield Case("best neurons", neurons._best, name, sizes, 4, 3, neurons.BLOCK)
         bl, bd = proximity.LIST_PAIRS, proximity.LIST_DEPTH
