@@ -50,6 +50,7 @@ class Outcome:
 
     error: str | None
     resident: bool = False
+    loading: int = 0  # planned for loading the model
     planned: dict[str, int] | None = None  # `Bytes` and their total
     measured: dict[str, int] | None = None  # what the run itself says
     way: str = ""
@@ -68,8 +69,18 @@ class Outcome:
         """Within 10 % of what was measured, never below it by more than 5 %."""
         assert self.planned is not None
         assert self.measured is not None
-        measured, over = self.measured["total"], self.planned["total"] - self.measured["total"]
-        return -max(UNDER * measured, PAGES_UNDER) <= over <= max(OVER * measured, PAGES_OVER)
+        return _foretold(self.planned["total"], self.measured["total"])
+
+    @property
+    def loaded_as_planned(self) -> bool:
+        """The same of what loading the model held."""
+        assert self.measured is not None
+        return _foretold(self.loading, self.measured["load"])
+
+
+def _foretold(planned: int, measured: int) -> bool:
+    over = planned - measured
+    return -max(UNDER * measured, PAGES_UNDER) <= over <= max(OVER * measured, PAGES_OVER)
 
 
 def least_memory(folder: str | None, tokens: int, dtype: str, prompts: int = 1) -> int:
@@ -166,6 +177,7 @@ def run_case(case: Case) -> Outcome:
     return Outcome(
         None,
         engine.resident,
+        cost["plan"]["loading"],
         cost["plan"]["bytes"],
         cost["measured"]["bytes"],
         cost["measured"]["way"],

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lmtt.errors import InputError, StructureError
-from lmtt.streaming.plan import PACKING, Shapes, Weights
+from lmtt.streaming.plan import NO_TOKENIZER, PACKING, Shapes, TokenizerBytes, Weights
 from lmtt.structure.replay import find_layers
 
 PACKED = 3  # axes of a matrix that holds one for each expert
@@ -62,12 +62,9 @@ def dims_of(model: Any, dtype: torch.dtype, device: str = "cpu") -> Dims:
 
 
 def weights_of(
-    model: Any, dtype: torch.dtype, stored: float, *, tokenizer: tuple[int, int] = (0, 0)
+    model: Any, dtype: torch.dtype, stored: float, *, tokenizer: TokenizerBytes = NO_TOKENIZER
 ) -> Weights:
-    """Bytes of the weights; `stored`: of each parameter in the checkpoint.
-
-    tokenizer : bytes that it takes, and while it is read.
-    """
+    """Bytes of the weights; `stored`: of each parameter in the checkpoint."""
     _, layers = find_layers(model)
     size = dtype.itemsize
     counts = [sum(p.numel() for p in layer.parameters()) for layer in layers]
@@ -86,8 +83,7 @@ def weights_of(
         ),
         raw_total=int(sum(ahead) * stored),
         head=int(model.get_output_embeddings().weight.numel() * stored),
-        tokenizer=tokenizer[0],
-        reading_tokenizer=tokenizer[1],
+        tokenizer=tokenizer,
     )
 
 

@@ -24,7 +24,7 @@ from lmtt.profile.predict import ASSUMED_SHARE, Prediction, predict
 from lmtt.profile.work import NEURONS, expected_pairs, kept_bytes
 from lmtt.streaming.assign import build
 from lmtt.streaming.load import LEFT_FREE, available, tokenizer_bytes
-from lmtt.streaming.plan import Plan, Weights, estimate, in_words, make_plan, parse_bytes
+from lmtt.streaming.plan import Plan, Weights, estimate, in_words, loading, make_plan, parse_bytes
 from lmtt.streaming.weights import LayerWeights, ResidentWeights, StreamedWeights
 
 EDGE_BYTES = 5  # of an edge in the browser (viz/store.py)
@@ -105,6 +105,7 @@ class Planned:
             if size:
                 yield f"  {in_words(size):>10}  {BYTES_OF[part.name]}"
         yield f"  {in_words(plan.workspace):>10}  at most for kernels to work in, counted above where used"
+        yield f"  {in_words(plan.loading):>10}  at most while the model is loaded"
         yield f"  {in_words(self.run_bytes):>10}  on disk, if the run is stored"
         yield f"  {in_words(self.browser_bytes):>10}  to a browser, for the whole graph"
         yield ""
@@ -187,7 +188,8 @@ def planned_cost(
         weights = known_weights or weights_of(model, dtype, dtype.itemsize)
         workspace = where.workspace(tokens, full=full)
         room = estimate(dims.shapes, weights, tokens, resident=True, ring=0, workspace=workspace, full=full)
-        plan = Plan(True, workspace, room)
+        load = 0 if known_weights is None else loading(dims.shapes, known_weights, resident=True)
+        plan = Plan(True, workspace, room, loading=load)
     ceilings = known(str(model.get_input_embeddings().weight.device))
     result = plan_json(plan)
     if ceilings is not None:
@@ -202,6 +204,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "resident": plan.resident,
         "workspace": plan.workspace,
+        "loading": plan.loading,
         "bytes": {**asdict(plan.bytes), "total": plan.bytes.total},
     }
 

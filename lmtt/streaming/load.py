@@ -21,7 +21,7 @@ from lmtt.checkpoint.load import load as load_all
 from lmtt.checkpoint.open import open_source
 from lmtt.streaming.assign import build
 from lmtt.streaming.meter import Meter
-from lmtt.streaming.plan import NOMINAL_TOKENS, READING, TOKENIZER
+from lmtt.streaming.plan import HEADER, NOMINAL_TOKENS, READING, TOKENIZER, TokenizerBytes
 from lmtt.streaming.weights import LayerWeights, ResidentWeights, StreamedWeights
 from lmtt.structure.replay import find_layers
 
@@ -80,12 +80,13 @@ def read_within(
     return Loaded(model, tokenizer, source.name, facts_of(source, config)), streamed
 
 
-def tokenizer_bytes(source: Source, vocabulary: int) -> tuple[int, int]:
-    """What the tokenizer that comes with a model takes, and while it is read; of a hub id one is assumed."""
+def tokenizer_bytes(source: Source, vocabulary: int) -> TokenizerBytes:
+    """What the tokenizer that comes with a model takes; of a hub id one is assumed."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if source.kind == "directory" and not any((Path(source.folder) / name).is_file() for name in names):
-        return 0, 0
-    return TOKENIZER * vocabulary, READING["json" if source.gguf is None else "gguf"] * vocabulary
+        return TokenizerBytes()
+    kind = "json" if source.gguf is None else "gguf"
+    return TokenizerBytes(TOKENIZER * vocabulary, READING[kind] * vocabulary, HEADER[kind] * vocabulary)
 
 
 def _nominal(config: Any) -> int:

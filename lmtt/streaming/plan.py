@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,7 +19,8 @@ from lmtt.errors import InputError
 FIXED = 14 << 20  # the model's modules, what is imported on first use, what the allocator wastes
 GEMM_DEPTH = 192  # rows of a matrix that each thread of a float32 product lays out anew; the room is kept
 TOKENIZER = 860  # bytes of each entry of a vocabulary that a tokenizer holds
-READING = {"json": 1300, "gguf": 2240}  # the same while it is read from such a file, at the most
+READING = {"json": 1300, "gguf": 1760}  # the same while it is read from such a file, weights being there
+HEADER = {"json": 0, "gguf": 1950}  # while such a file's config is read, vocabulary and all, before weights
 EDGES = 24  # kept of each row in the mean; prose leaves 16
 KEPT_OF_A_ROW = 20 * 12 + 9 * 4  # bytes: top neurons, shares
 WORKSPACE = 64 << 20  # what the kernels are given, unless less fits
@@ -28,6 +29,7 @@ RECORD = 24  # bytes of a pair that is evaluated exactly, and of finding it agai
 POSITIVE = 2 / 3  # of all pairs have a positive bound; without screening all these are evaluated
 PREDICTION_WORKSPACE = 16 << 20  # of logits, which gain nothing by more
 PACKING = 4 / 3  # of a layer's experts, what transformers' packing holds besides
+KEEPING = 1.05  # what is kept only to save time leaves room for what no plan foresees
 LAYERS_AHEAD = 2  # read at most while one computes
 NOMINAL_TOKENS = 512  # a model that fits for a prompt of so many stays resident
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30,
@@ -99,6 +101,17 @@ class Shapes:
         )
 
 
+class TokenizerBytes(NamedTuple):
+    """What a model's tokenizer takes, all 0 without one."""
+
+    kept: int = 0
+    reading: int = 0  # while it is made, when the weights are there
+    header: int = 0  # while the config is read that lies in one file with it, when they are not
+
+
+NO_TOKENIZER = TokenizerBytes()
+
+
 @dataclass(frozen=True)
 class Weights:
     """Bytes of a checkpoint, from its headers."""
@@ -109,8 +122,7 @@ class Weights:
     decoded_layer: int  # the most that a layer takes besides its raw bytes: casts, dequantised and packed
     raw_total: int  # all layers as stored
     head: int = 0  # the unembedding as stored
-    tokenizer: int = 0  # what the tokenizer takes, 0 without one
-    reading_tokenizer: int = 0  # what it takes while it is read
+    tokenizer: TokenizerBytes = NO_TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ class Plan:
     workspace: int
     bytes: Bytes
     keeps_head: bool = False  # the unembedding, once it was read
+    loading: int = 0  # bytes at the most while the model is loaded; 0: it was given as a loaded one
 
     @property
     def arena(self) -> int:
@@ -196,19 +209,21 @@ def attribution(shapes: Shapes, tokens: int, workspace: int) -> int:
     return max(attention, act + max(twice * w_down, w_down + states + rows))
 
 
-def predictions(shapes: Shapes, tokens: int, *, resident: bool, kept: bool = False) -> int:
+def predictions(
+    shapes: Shapes, tokens: int, *, resident: bool, kept: bool = False, stored: float = 4.0
+) -> int:
     """What logits over the vocabulary take at once, a tile of it at a time.
 
     A tile that is read is held as stored and as computed with; one that is `kept` as stored is decoded; a
-    resident one is used where it lies. 16-bit tiles are widened.
+    resident one is used where it lies. 16-bit tiles are widened. `stored`: bytes of an entry in the file.
     """
     s = shapes
     tile = min(s.d_vocab, PREDICTION_WORKSPACE // (16 * tokens + 4 * s.d_model))
     # Logits, a copy and their order; states before and after the last norm.
     logits = 16 * tokens * tile + 5 * tokens * s.d_model * 4
     widened = 4 if s.itemsize < 4 else 0
-    copies = widened if resident else s.itemsize + widened if kept else 8
-    return logits + copies * tile * s.d_model
+    copies = widened if resident else s.itemsize + widened + (0 if kept else stored)
+    return logits + int(copies * tile * s.d_model)
 
 
 def fixed(shapes: Shapes, weights: Weights, threads: int) -> int:
@@ -217,7 +232,7 @@ def fixed(shapes: Shapes, weights: Weights, threads: int) -> int:
     if s.device != "cpu":
         return FIXED
     widest = max(s.d_mlp, s.heads * s.d_head, s.d_model)
-    return FIXED + weights.tokenizer + threads * GEMM_DEPTH * 4 * widest
+    return FIXED + weights.tokenizer.kept + threads * GEMM_DEPTH * 4 * widest
 
 
 def estimate(
@@ -239,7 +254,9 @@ def estimate(
     # what the kernels work on; predictions come when no layer's weights are there any more.
     forward = max(activations(shapes, longest), discovery(shapes, longest) - results)
     kernels = captured(shapes, longest) + attribution(shapes, longest, workspace)
-    tail = predictions(shapes, longest, resident=resident, kept=head) + (weights.head if head else 0)
+    stored = weights.head / max(1, shapes.d_vocab * shapes.d_model)
+    tail = predictions(shapes, longest, resident=resident, kept=head, stored=stored)
+    tail += weights.head if head else 0
     return Bytes(
         fixed=fixed(shapes, weights, torch.get_num_threads()),
         resident=weights.all if resident else weights.rest + every * state,
@@ -253,11 +270,14 @@ def estimate(
 
 
 def loading(shapes: Shapes, weights: Weights, *, resident: bool) -> int:
-    """Bytes while a model is loaded, at the most: its tokenizer is read when its weights are there."""
+    """Bytes while a model is loaded, at the most: its tokenizer is read when its weights are there.
+
+    Weights are read, decoded and checked in pieces that are small beside them.
+    """
     held = weights.all if resident else weights.rest
     if shapes.device != "cpu":
         return FIXED + held
-    return FIXED + weights.reading_tokenizer + held
+    return FIXED + max(weights.tokenizer.header, weights.tokenizer.reading + held)
 
 
 def make_plan(
@@ -278,7 +298,7 @@ def make_plan(
     """
     if may_stay and not must_stay and stays(shapes, weights, limit, tokens, full=full):
         whole = estimate(shapes, weights, tokens, resident=True, ring=0, workspace=WORKSPACE, full=full)
-        return Plan(True, WORKSPACE, whole)
+        return Plan(True, WORKSPACE, whole, loading=loading(shapes, weights, resident=True))
     ring = 0 if must_stay else weights.raw_layer
     for workspace in _workspaces():
         one = estimate(shapes, weights, tokens, resident=must_stay, ring=ring, workspace=workspace, full=full)
@@ -287,13 +307,13 @@ def make_plan(
     if one.total > limit:
         raise _too_little(limit, one, tokens)
     if must_stay:
-        return Plan(True, workspace, one)
+        return Plan(True, workspace, one, loading=loading(shapes, weights, resident=True))
     load = loading(shapes, weights, resident=False)
     if load > limit:
         raise InputError(
             f"memory={in_words(limit)} is too little to load the model",
             expected=f"at least {in_words(load)}",
-            remedy=f"reading its tokenizer takes {in_words(weights.reading_tokenizer)} of it",
+            remedy=f"reading its tokenizer takes {in_words(max(weights.tokenizer))} of it",
         )
     # A layer lies in one piece: room for part of one would never be used.
     ahead = min(LAYERS_AHEAD, (limit - one.total) // max(1, weights.raw_layer)) * weights.raw_layer
@@ -304,8 +324,8 @@ def make_plan(
             shapes, weights, tokens, resident=False, ring=ring, workspace=workspace, full=full, head=head
         )
 
-    keeps = streamed(True).total <= limit
-    return Plan(False, workspace, streamed(keeps), keeps)
+    keeps = KEEPING * streamed(True).total <= limit
+    return Plan(False, workspace, streamed(keeps), keeps, load)
 
 
 def stays(shapes: Shapes, weights: Weights, limit: int, tokens: Sequence[int], *, full: bool = True) -> bool:

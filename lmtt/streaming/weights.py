@@ -22,7 +22,18 @@ from lmtt.streaming.assign import Unit, assign, convert
 from lmtt.streaming.experts import Lender, split
 from lmtt.streaming.generating import forwards
 from lmtt.streaming.meter import Meter
-from lmtt.streaming.plan import PACKING, WORKSPACE, Plan, Shapes, Weights, in_words, make_plan, stays
+from lmtt.streaming.plan import (
+    NO_TOKENIZER,
+    PACKING,
+    WORKSPACE,
+    Plan,
+    Shapes,
+    TokenizerBytes,
+    Weights,
+    in_words,
+    make_plan,
+    stays,
+)
 from lmtt.streaming.products import ByParts, Kind
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
@@ -137,7 +148,7 @@ class StreamedWeights(LayerWeights):
         device: torch.device,
         limit: int,
         meter: Meter | None = None,
-        tokenizer: tuple[int, int] = (0, 0),
+        tokenizer: TokenizerBytes = NO_TOKENIZER,
     ) -> None:
         self.meter = Meter(device, limit) if meter is None else meter
         self._source, self._model, self._dtype, self._device = source, model, dtype, device
@@ -152,7 +163,7 @@ class StreamedWeights(LayerWeights):
         self._lender = Lender(source, model, dtype, self._assignment.dtypes, device, self._set)
         self._embedding, self._unembedding = self._vocabulary_tensors()
         self.shapes = Shapes.of(model, len(self._placements), dtype, device.type)
-        self.weights = replace(self._sizes(), tokenizer=tokenizer[0], reading_tokenizer=tokenizer[1])
+        self.weights = replace(self._sizes(), tokenizer=tokenizer)
         self.bytes_read = 0
         self.traffic = Traffic()
         self._check = True  # damaged weights are looked for

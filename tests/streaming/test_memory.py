@@ -68,6 +68,7 @@ def check_within(case: Case, outcome: Outcome) -> None:
     assert -4 * MIB <= measured - outcome.seen <= 8 * MIB or outcome.measured["load"] >= measured, outcome
     assert outcome.planned["total"] <= limit
     assert outcome.as_planned, (f"{outcome.off:+.1%}", case, outcome)
+    assert outcome.loaded_as_planned, (case, outcome)
 
 
 # Of the smallest limit by the config: on disk, tensors begin where they begin, and take up to a page more.
