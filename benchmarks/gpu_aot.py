@@ -39,14 +39,14 @@ TENSORS: Types = {
     **dict.fromkeys(
         ("keep_bits", "rows", "bits", "tiles", "pair_head", "pair_source", "pair_row", "u_row", "row"), "*i32"
     ),
-    **dict.fromkeys(("by_row", "by_source"), "*i32"),
+    **dict.fromkeys(("by_row", "by_source", "last_order", "last_token"), "*i32"),
     **dict.fromkeys(("quantum", "lost", "proximity", "signed", "mass", "total"), "*fp64"),
 }
 SCALARS: Types = {
     **dict.fromkeys(
         ("count", "heads", "group", "tokens", "window", "width", "pairs", "neurons", "vocabulary"), "i32"
     ),
-    **dict.fromkeys(("first_head", "stride", "part_stride"), "i32"),
+    **dict.fromkeys(("first_head", "stride", "part_stride", "tiles"), "i32"),
     **dict.fromkeys(("out_head", "mask_head"), "i64"),
     **dict.fromkeys(("scale", "softcap", "margin"), "fp32"),
 }
@@ -193,15 +193,20 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
             yield Case("best neurons", neurons._best, name, sizes, 4, 3, neurons.BLOCK)
         bl, bd = proximity.LIST_PAIRS, proximity.LIST_DEPTH
         yield Case(f"evaluate {name}", proximity._evaluate, name, {"BL": bl, "BD": bd}, 4, 3, bl * bd)
-        for kernel, n, constants in (
-            (neurons._screen, neurons.tile(dtype, chip), {"ROW_SCALE": False}),
-            (unembed._logits, neurons.tile(dtype, chip, wide=True), {"BIAS": False, "SOFTCAP": False}),
-        ):
-            sizes = {"BM": n.BM, "BN": n.BN, "BD": n.BD}
-            label = "neurons" if kernel is neurons._screen else "logits"
+        n = neurons.tile(dtype, chip)
+        yield Case(
+            f"neurons {name}", neurons._screen, name,
+            {"BM": n.BM, "BN": n.BN, "BD": n.BD, "ROW_SCALE": False},
+            n.warps, n.stages, n.BM * n.BN * n.BD,
+        )  # fmt: skip
+        m = unembed._tile(dtype, chip)
+        for label, loaded_too in (("", False), (" with bias and softcap", True)):
             yield Case(
-                f"{label} {name}", kernel, name, {**sizes, **constants}, n.warps, n.stages, n.BM * n.BN * n.BD
-            )
+                f"best logits{label} {name}", unembed._best_logits, name,
+                {"BM": m.BM, "BN": m.BN, "BD": m.BD, "K": unembed.MOST_BEST,
+                 "BIAS": loaded_too, "SOFTCAP": loaded_too},
+                m.warps, m.stages, m.BM * m.BN,
+            )  # fmt: skip
 
 
 def compile_triton(case: Case, chip: int) -> Report:
@@ -216,8 +221,8 @@ def compile_triton(case: Case, chip: int) -> Report:
         own |= dict.fromkeys(("w", "w_low") if not case.constants["SPLIT"] else (), "*fp32")
     elif function.__name__.endswith("_inside"):
         own |= dict.fromkeys(("v", "w", "w_low"), "*fp16")
-    if function.__name__ == "_logits":
-        own["out"] = "*fp32"
+    if function.__name__ == "_best_logits":
+        own["keys"] = "*i64"
     if function.__name__ == "_deposit":
         own |= {"value": "*fp32", "source": "*i32", "head": "*i32", "edges": "*i64", "per_head": "*i64"}
     if function.__name__ == "_shares":

@@ -216,9 +216,10 @@ def chunks(rows: Tensor, step: int, work: Callable[[Tensor], None]) -> None:
         try:
             work(some)
         except torch.OutOfMemoryError:
-            if step == 1:
+            if len(some) == 1:
                 raise
-            step = max(1, step // 2)
+            while step >= len(some):  # it may be far more than there are
+                step //= 2
             torch.cuda.empty_cache()
             notices.say(f"out of device memory with {len(some)} rows at a time; going on with {step}")
             continue

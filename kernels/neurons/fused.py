@@ -130,13 +130,13 @@ class _Tile(NamedTuple):
     stages: int
 
 
-def tile(dtype: torch.dtype, chip: int, wide: bool = False) -> _Tile:
-    """Tile of a product with an epilogue; `wide` where that needs few registers. See `triton_host.tile`."""
+def tile(dtype: torch.dtype, chip: int) -> _Tile:
+    """Tile of the product with its epilogue, as `triton_host.tile`."""
     if interpreted():
         return _Tile(16, 32, 32, 4, 1)
     if dtype == torch.float32:
         return _Tile(64, 64, 16, 4, 2)
-    return _Tile(128, 128 if wide else 64, 64, 8, 3)
+    return _Tile(128, 64, 64, 8, 3)
 
 
 @torch.no_grad()

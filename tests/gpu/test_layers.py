@@ -37,9 +37,12 @@ def test_every_numerical_test_passes_under_the_interpreter():
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *arguments],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for arguments in (["tests/numerics", "-k", "triton"], ["tests/gpu/test_kernels.py"])
+        for arguments in (
+            ["tests/numerics", "-k", "triton"],
+            ["tests/gpu/test_kernels.py", "tests/gpu/test_unembedding.py"],
+        )
     ]  # fmt: skip
-    for run, least in zip(runs, (40, 55), strict=True):
+    for run, least in zip(runs, (40, 75), strict=True):
         output, _ = run.communicate(timeout=560)
         assert run.returncode == 0, output[-4000:]
         passed = re.search(r"(\d+) passed", output)
@@ -66,7 +69,7 @@ def test_no_kernel_spills_or_exceeds_the_chip():
         assert run.returncode == 0, output[-4000:]
         kernels = re.search(r"(\d+) kernels: no spills", output)
         assert kernels is not None, output[-2000:]
-        assert int(kernels[1]) >= (43 if chip == "90" else 37) + len(cuda)
+        assert int(kernels[1]) >= (46 if chip == "90" else 40) + len(cuda)
         assert all(name in output for name in cuda)
 
 

@@ -134,3 +134,35 @@ def test_neurons(no_kernels, monkeypatch, dtype, mebibytes, settled):
     beyond = memory.peak - _results(result)
     assert beyond <= task.workspace, f"{beyond / 2**20:.1f} MiB at {memory.at}"
     assert beyond > task.workspace / 8, "this test measures something"
+
+
+@pytest.mark.parametrize("mebibytes", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_unembedding(monkeypatch, dtype, mebibytes):
+    """No logits are held, nor weights as float32: only some keys of each strip."""
+    from lmtt.kernels.unembed_topk import fused
+
+    class Keys(_Stub):
+        def __getitem__(self, grid):
+            def launch(*arguments, **_):
+                keys, largest, exponentials = arguments[5:8]
+                keys.random_()
+                largest.zero_()
+                exponentials.fill_(1)
+
+            return launch
+
+    monkeypatch.setattr(fused, "_best_logits", Keys())
+    T, V, D, k = 1000, 50_000, 64, 40
+    with PeakBytes() as memory:
+        result = fused.unembed_topk(
+            torch.ones(T, D, dtype=dtype),
+            torch.ones(V, D, dtype=torch.bfloat16),
+            k,
+            workspace=mebibytes << 20,
+        )
+    inputs = (T + V) * D * 2 + (T * D * 4 if dtype == torch.float32 else 0)
+    beyond = memory.peak - inputs - _results(result)
+    assert beyond <= mebibytes << 20, f"{beyond / 2**20:.1f} MiB at {memory.at}"
+    assert beyond > (mebibytes << 20) / 8, "this test measures something"
+    assert 10 * beyond < 4 * T * V, "far from [T, V]"
