@@ -219,12 +219,13 @@ py::dict attention(const py::kwargs& kwargs) {
 py::dict neurons(const py::kwargs& kwargs) {
   const Arguments a(kwargs);
   lmtt::NeuronInput in{};
-  const Shape act = a.shape("act", 2), w = a.shape("w_down", 2);
+  const Shape act = a.shape("act", 2);
   in.T = act[0], in.F = act[1];
-  const int64_t T = in.T, F = in.F, D = w[1];
+  const int64_t T = in.T, F = in.F, D = a.shape("whole", 2)[1];
   expect(T >= 1 && F >= 1 && D >= 1, "empty axis");
   expect(T < int64_t(1) << 31 && F < int64_t(1) << 31, "too many tokens or neurons");
-  in.act = a.floats("act", {T, F}), in.w_down = a.floats("w_down", {F, D});
+  in.act = a.floats("act", {T, F}), in.stored = a.floats_or_null("stored", {D, F});
+  in.rows = in.stored ? a.output("w_down", {F, D}) : const_cast<float*>(a.floats("w_down", {F, D}));
   in.row_scale = a.floats_or_null("row_scale", {T});
   in.k = a.value<int64_t>("k");
   expect(in.k >= 1 && in.k <= F, "k: expected 1 to the number of neurons");

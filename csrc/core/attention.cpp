@@ -90,6 +90,7 @@ class Pass {
   const Kernels& kernel = kernels();
   const int64_t T, H, E, E_v, D, heads_per_kv;
   const int64_t width;                      // T in whole panels
+  const int64_t stride_of_T;                // likewise, and one more: rows of a block 4 KiB apart would collide in cache
   const int64_t width_of_D;                 // D in whole panels
   const int64_t blocks_of_D;                // D in blocks of sixteen coordinates, padded to sixteen blocks
   const int64_t u_stride;                   // D in whole panels, and one more: rows 4 KiB apart would collide in cache
@@ -117,7 +118,7 @@ class Pass {
 
 Pass::Pass(const AttentionInput& input, AttentionOutput& output)
     : in(input), out(output), T(in.T), H(in.H), E(in.E), E_v(in.E_v), D(in.parts.D), heads_per_kv(in.H / in.H_kv),
-      width(padded(in.T)), width_of_D(padded(in.parts.D)), blocks_of_D(padded(panels(in.parts.D))), u_stride(padded(in.parts.D) + kPanel) {
+      width(padded(in.T)), stride_of_T(padded(in.T) + kPanel), width_of_D(padded(in.parts.D)), blocks_of_D(padded(panels(in.parts.D))), u_stride(padded(in.parts.D) + kPanel) {
   block_rows = T <= 512 || T > 4096 ? 12 : 24;  // few at small T for balance, few at large T for cache
   record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Record*));
   packed = (in.H_kv * width * (E + E_v) + H * E_v * width_of_D) * int64_t(sizeof(float)) <= in.workspace / 4;
@@ -135,8 +136,8 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
   scratch.resize(in.threads);
   for (Scratch& s : scratch) {
     s.q = Buffer<float>(block_rows * std::max(E, E_v));
-    s.logits = Buffer<float>(block_rows * width);
-    s.product = Buffer<float>(block_rows * width);
+    s.logits = Buffer<float>(block_rows * stride_of_T);
+    s.product = Buffer<float>(block_rows * stride_of_T);
     if (!packed) {
       s.k_panels = Buffer<float>(width * E);
       s.v_panels = Buffer<float>(width * E_v);
@@ -359,7 +360,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       std::copy(q, q + E, s.q + r * E);
     }
     for (int64_t p = p0; p < p1; ++p) {
-      kernel.multiply(count, E, s.q.get(), E, k + p * kPanel * E, s.logits + p * kPanel, width, false);
+      kernel.multiply(count, E, s.q.get(), E, k + p * kPanel * E, s.logits + p * kPanel, stride_of_T, false);
     }
 
     for (int64_t r = 0; r < count; ++r) {
@@ -374,7 +375,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       row.has_sink = in.sinks != nullptr, row.sink = in.sinks ? in.sinks[h] : 0;
       row.has_lse = in.lse != nullptr, row.lse = in.lse ? in.lse[h * T + i] : 0;
       row.row_scale = in.row_scale ? in.row_scale[i] : 1;
-      kernel.attend(row, s.logits + r * width);
+      kernel.attend(row, s.logits + r * stride_of_T);
     }
 
     const float* towards = direction + (int64_t(block.at[0]) * H + h) * E_v;
@@ -388,7 +389,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       towards = s.q.get(), stride = E_v;
     }
     for (int64_t p = p0; p < p1; ++p) {
-      kernel.multiply(count, E_v, towards, stride, v + p * kPanel * E_v, s.product + p * kPanel, width, false);
+      kernel.multiply(count, E_v, towards, stride, v + p * kPanel * E_v, s.product + p * kPanel, stride_of_T, false);
     }
 
     for (int64_t r = 0; r < count; ++r) {
@@ -402,7 +403,7 @@ bool Pass::screen(Block& block, const int32_t* rows, Scratch& s) {
       }
       ScreenSums sums;
       const int64_t found =
-          kernel.screen(begin, i + 1, s.logits + r * width, s.product + r * width, margin + h * width, largest_gate,
+          kernel.screen(begin, i + 1, s.logits + r * stride_of_T, s.product + r * stride_of_T, margin + h * width, largest_gate,
                         threshold[i], listed[i], i, out.edges + int64_t(i) * T, s.records.get(), &sums);
       block.records.insert(block.records.end(), s.records.get(), s.records + found);
       head_sums[i * H + h] = sums.skipped;

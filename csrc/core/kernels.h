@@ -58,6 +58,8 @@ struct Kernels {
 
   // panel[k][c] = rows[c * stride + k], c < count <= 16: the transpose of `count` rows.
   void (*pack_rows)(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* panel);
+  // to[k * to_stride + c] = rows[c * stride + k], c < count <= 16, k < depth: as pack_rows, into a matrix.
+  void (*turn_rows)(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* to, ptrdiff_t to_stride);
   // c[r][0..15] = (accumulate ? c : 0) + sum over k < depth of a[r][k] * panel[k]; in pieces of kDepth.
   // The order of additions does not depend on `rows`.
   void (*multiply)(int64_t rows, int64_t depth, const float* a, ptrdiff_t a_stride, const float* panel, float* c,

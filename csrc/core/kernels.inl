@@ -26,25 +26,40 @@ constexpr int kStrip = 2;
 constexpr int kLookupStrip = kParts == 4 ? 3 : 4;
 constexpr int kEntries = 1 << lmtt::kGroup;
 
-void pack_rows(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* panel) {
+// to[k * to_stride + c] = rows[c * stride + k], c < count; sixteen rows go in squares of four.
+LMTT_INLINE int64_t turn_sixteen(const float* rows, ptrdiff_t stride, int64_t depth, float* to, ptrdiff_t to_stride) {
   int64_t k = 0;
 #if defined(__SSE2__)
-  for (; count == kLanes && k + 4 <= depth; k += 4) {  // four by four
+  for (; k + 4 <= depth; k += 4) {
     for (int c = 0; c < kLanes; c += 4) {
       const float* from = rows + c * stride + k;
       __m128 w = _mm_loadu_ps(from), x = _mm_loadu_ps(from + stride), y = _mm_loadu_ps(from + 2 * stride),
              z = _mm_loadu_ps(from + 3 * stride);
       _MM_TRANSPOSE4_PS(w, x, y, z);
-      float* to = panel + k * kLanes + c;
-      _mm_storeu_ps(to, w);
-      _mm_storeu_ps(to + kLanes, x);
-      _mm_storeu_ps(to + 2 * kLanes, y);
-      _mm_storeu_ps(to + 3 * kLanes, z);
+      float* square = to + k * to_stride + c;
+      _mm_storeu_ps(square, w);
+      _mm_storeu_ps(square + to_stride, x);
+      _mm_storeu_ps(square + 2 * to_stride, y);
+      _mm_storeu_ps(square + 3 * to_stride, z);
     }
   }
+#else
+  (void)rows, (void)stride, (void)depth, (void)to, (void)to_stride;
 #endif
+  return k;
+}
+
+void pack_rows(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* panel) {
+  int64_t k = count == kLanes ? turn_sixteen(rows, stride, depth, panel, kLanes) : 0;
   for (; k < depth; ++k) {
     for (int c = 0; c < kLanes; ++c) panel[k * kLanes + c] = c < count ? rows[c * stride + k] : 0.0f;
+  }
+}
+
+void turn_rows(const float* rows, ptrdiff_t stride, int count, int64_t depth, float* to, ptrdiff_t to_stride) {
+  int64_t k = count == kLanes ? turn_sixteen(rows, stride, depth, to, to_stride) : 0;
+  for (; k < depth; ++k) {
+    for (int c = 0; c < count; ++c) to[k * to_stride + c] = rows[c * stride + k];
   }
 }
 
@@ -527,7 +542,7 @@ float multiply_add_chain(int64_t rounds, int64_t* multiply_adds) {
 }
 
 constexpr lmtt::Kernels table(const char* name) {
-  return {name,          pack_rows, multiply,       sign_offsets,       sign_table, add_signed,
+  return {name,          pack_rows, turn_rows, multiply,       sign_offsets,       sign_table, add_signed,
           absolute_sum, absolute_column_sums, absolute_dot, proximity,
           block_smallest, block_largest, overshoots, attend,      screen,      screen_neurons,
           exact_above,   open_from, neuron_sums,  multiply_add_chain};

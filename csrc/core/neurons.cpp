@@ -1,6 +1,6 @@
 // Neurons, in three steps.
 //
-// 1. Prepare: |whole|_1 and the fixed parts of each row; |W_down[n]|_1 for the rounding margins.
+// 1. Prepare: |whole|_1 and the fixed parts of each row; W_down by neurons, and |W_down[n]|_1 for the rounding margins.
 // 2. Tiles of 128 neurons by some rows: G = sign(whole) W_down^T by look-up of sums of four, c = row_scale * act, g = c * G. Neurons whose
 //    bound is above the threshold are evaluated at once: proximity = max(0, g - 2 * sum relu(c w sign(y) - |y|)).
 // 3. Rows: the k largest. A neuron that kept its first-order value is evaluated too where its bound reaches the
@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kTile = 8 * kPanel;  // neurons of a tile: their rows of W_down are packed together
 constexpr int64_t kTileRows = 512;     // rows that one thread takes: more share a table of sums, fewer share the work
 constexpr int64_t kPanelStride = (kTileRows + 1) * kPanel;  // of a tile's products: powers of two collide in cache
+constexpr int64_t kTurned = 64;        // neurons whose rows of W_down are written together: they stay in cache
 constexpr int64_t kFewRows = 24;       // taken together however small the workspace is
 
 struct Scratch {  // one thread's memory
@@ -41,7 +42,7 @@ class Pass {
   void exact(int64_t i, int some, const int64_t* n, const float* coefficient, const float* g, float* value) const {
     const float *u[kTogether], *u_largest[kTogether];
     float over[kTogether];
-    for (int p = 0; p < some; ++p) u[p] = in.w_down + n[p] * D, u_largest[p] = largest + n[p] * blocks;
+    for (int p = 0; p < some; ++p) u[p] = in.rows + n[p] * D, u_largest[p] = largest + n[p] * blocks;
     kernel.overshoots(some, u, u_largest, in.parts.whole + i * D, smallest + i * blocks, coefficient, D, over);
     for (int p = 0; p < some; ++p) {
       const float x = g[p] - 2 * over[p];
@@ -60,7 +61,7 @@ class Pass {
   Buffer<uint16_t> offsets;        // [tables of D, T, groups of a table]: the signs of whole
   Buffer<float> margin;            // [F]: rounding error of G at most
   Buffer<float> smallest;          // [T, blocks] of whole
-  Buffer<float> largest;           // [F, blocks] of w_down
+  Buffer<float> largest;           // [F, blocks] of W_down
   Buffer<float> values;            // [rows at once, F]: first-order -relu(g) with the sign bit set, or exact
   Buffer<ScreenSums> sums;         // [rows at once, tiles]
   std::vector<int64_t> positive, evaluated;  // [T]
@@ -110,10 +111,15 @@ void Pass::run() {
 
 void Pass::prepare() {
   const double gamma = rounding(sign_chain(D) + 8);  // 8: the coefficient and the margin itself
-  parallel_for(in.threads, panels(F), [&](int64_t p, int) {
-    for (int64_t n = p * kPanel; n < std::min(F, (p + 1) * kPanel); ++n) {
-      margin[n] = static_cast<float>(gamma * kernel.absolute_sum(in.w_down + n * D, D));
-      kernel.block_largest(in.w_down + n * D, D, largest + n * blocks);
+  parallel_for(in.threads, (F + kTurned - 1) / kTurned, [&](int64_t strip, int) {
+    const int64_t begin = strip * kTurned, end = std::min(F, begin + kTurned);
+    for (int64_t d = 0; in.stored && d < D; d += kPanel) {
+      const int count = static_cast<int>(std::min<int64_t>(kPanel, D - d));
+      kernel.turn_rows(in.stored + d * F + begin, F, count, end - begin, in.rows + begin * D + d, D);
+    }
+    for (int64_t n = begin; n < end; ++n) {
+      margin[n] = static_cast<float>(gamma * kernel.absolute_sum(in.rows + n * D, D));
+      kernel.block_largest(in.rows + n * D, D, largest + n * blocks);
     }
   });
   parallel_for(in.threads, T, [&](int64_t i, int) {
@@ -134,8 +140,12 @@ void Pass::tile(int64_t t, int64_t begin, int64_t end, Scratch& s, bool timed) {
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, count - n));
     for (int64_t d = 0; d < D; d += kTableDepth) {
       const int64_t depth = std::min(kTableDepth, D - d);
-      kernel.pack_rows(in.w_down + (n0 + n) * D + d, D, columns, depth, s.panel.get());
-      kernel.sign_table(s.panel.get(), kPanel, kPanel, depth, s.table.get());
+      if (in.stored) {
+        kernel.sign_table(in.stored + d * F + n0 + n, F, columns, depth, s.table.get());
+      } else {
+        kernel.pack_rows(in.rows + (n0 + n) * D + d, D, columns, depth, s.panel.get());
+        kernel.sign_table(s.panel.get(), kPanel, kPanel, depth, s.table.get());
+      }
       kernel.add_signed(end - begin, groups(depth), offsets + (d / kTableDepth * T + begin) * kTableGroups,
                         kTableGroups, s.table.get(), s.product + n / kPanel * kPanelStride, kPanel, d > 0);
     }

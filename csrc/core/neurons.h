@@ -11,7 +11,9 @@ namespace lmtt {
 // Shapes as in lmtt.kernels.types.NeuronTask (Parts::residual is its base); all arrays dense, float32.
 struct NeuronInput {
   int64_t T, F, k;  // k <= F
-  const float *act, *w_down;
+  const float* act;
+  const float* stored;  // W_down as linear layers store it, [D, F]; null where rows are given
+  float* rows;          // W_down [F, D]: given, or memory for it where `stored` is given
   const float* row_scale;  // may be null
   Parts parts;
   double screen;

@@ -9,17 +9,13 @@ namespace lmtt {
 
 // to[c * rows + r] = from[r * columns + c].
 inline void transpose(const float* from, int64_t rows, int64_t columns, float* to, int threads) {
-  constexpr int64_t kStrip = 64;  // columns that are turned together: their panel stays in the first-level cache
+  constexpr int64_t kStrip = 64;  // columns that are turned together, in whole cache lines
   const int64_t strips = (columns + kStrip - 1) / kStrip;
   parallel_for(threads, strips, [&](int64_t strip, int) {
-    alignas(64) float panel[kStrip * kPanel];
     const int64_t c = strip * kStrip, width = std::min(kStrip, columns - c);
     for (int64_t r = 0; r < rows; r += kPanel) {
       const int count = static_cast<int>(std::min<int64_t>(kPanel, rows - r));
-      kernels().pack_rows(from + r * columns + c, columns, count, width, panel);
-      for (int64_t n = 0; n < width; ++n) {
-        std::copy(panel + n * kPanel, panel + n * kPanel + count, to + (c + n) * rows + r);
-      }
+      kernels().turn_rows(from + r * columns + c, columns, count, width, to + c * rows + r, rows);
     }
   });
 }

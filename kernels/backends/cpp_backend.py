@@ -113,7 +113,7 @@ def neuron_contributions(task: NeuronTask) -> NeuronResult:
     common = _Common(T, len(task.others))
     counts = _native().neurons(
         act=_dense("act", task.act, (T, F)),
-        w_down=_dense_matrix("w_down", task.w_down, (F, D)),
+        **_down_weight(task.w_down, (F, D)),
         row_scale=_optional("row_scale", task.row_scale, (T,)),
         k=task.k,
         base=_dense("base", task.base, (T, D)),
@@ -239,16 +239,29 @@ def _output_weight(tensor: Tensor, shape: tuple[int, int, int]) -> Any:
     return stored.reshape(shape[2], *shape[:2])
 
 
+def _down_weight(matrix: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
+    """W_down [F, D]; where it is stored [D, F], as by linear layers, that too: the kernel writes the rows."""
+    _check_shape("w_down", matrix, shape)
+    if not _turned(matrix):
+        return {"w_down": _dense("w_down", matrix, shape), "stored": None}
+    return {"w_down": host_memory.scratch(shape).numpy(), "stored": matrix.detach().t().numpy()}
+
+
 def _dense_matrix(name: str, matrix: Tensor, shape: tuple[int, int]) -> Any:
     """As `_dense`; quicker for the transpose of a dense matrix, which the weights of linear layers are."""
     _check_shape(name, matrix, shape)
-    source = matrix.detach().t()
-    usable = matrix.dtype == torch.float32 and matrix.device.type == "cpu" and source.is_contiguous()
-    if matrix.is_contiguous() or not usable:
+    if not _turned(matrix):
         return _dense(name, matrix, shape)
     out = host_memory.scratch(shape)  # one task has one such weight
-    _native().transpose(source=source.numpy(), out=out.numpy(), threads=torch.get_num_threads())
+    source = matrix.detach().t().numpy()
+    _native().transpose(source=source, out=out.numpy(), threads=torch.get_num_threads())
     return out.numpy()
+
+
+def _turned(matrix: Tensor) -> bool:
+    """Whether it is the transpose of a dense float32 matrix on the CPU, and not dense itself."""
+    usable = matrix.dtype == torch.float32 and matrix.device.type == "cpu"
+    return usable and not matrix.is_contiguous() and matrix.t().is_contiguous()
 
 
 def _check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:

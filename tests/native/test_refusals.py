@@ -79,9 +79,10 @@ def test_the_extension_checks_again(make_neuron_task: Callable[..., NeuronTask])
 
     task, rows = make_neuron_task(), 37
     good: dict[str, Any] = {
-        "act": task.act.numpy(), "w_down": task.w_down.numpy(), "base": task.base.numpy(),
-        "whole": task.whole.numpy(), "bias": None, "others": [], "row_scale": None, "k": 3, "screen": 0.0,
-        "workspace": 1 << 20, "threads": 1, "index": torch.empty(rows, 3, dtype=torch.int64).numpy(),
+        "act": task.act.numpy(), "w_down": task.w_down.numpy(), "stored": None,
+        "base": task.base.numpy(), "whole": task.whole.numpy(), "bias": None, "others": [],
+        "row_scale": None, "k": 3, "screen": 0.0, "workspace": 1 << 20, "threads": 1,
+        "index": torch.empty(rows, 3, dtype=torch.int64).numpy(),
         "value": torch.empty(rows, 3).numpy(), "out_others": torch.empty(rows, 0).numpy(),
     }  # fmt: skip
     good |= {
@@ -94,6 +95,7 @@ def test_the_extension_checks_again(make_neuron_task: Callable[..., NeuronTask])
     wrong: dict[str, list[Any]] = {
         "act": [good["act"][:, :5], good["act"].astype("float64"), good["act"][0], 12345, None],
         "w_down": [good["w_down"][:, ::2], good["w_down"][:7]],
+        "stored": [good["w_down"], good["w_down"].T],  # neither its shape nor dense
         "whole": [good["whole"][:, :-1], good["whole"][::-1]],
         "others": [[good["whole"][:3]]],
         "value": [read_only, good["value"][:, :2]],

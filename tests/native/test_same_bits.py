@@ -106,3 +106,22 @@ def test_strides_do_not_matter(make_attention_task: Callable[..., AttentionTask]
         cpp_backend.attention_contributions(replace(task, attention=strided)),
         cpp_backend.attention_contributions(task),
     )
+
+
+@pytest.mark.parametrize("neurons", [150, 16])  # whole strips and what is left of them
+def test_weights_of_linear_layers_have_the_bits_of_weights_by_neurons(
+    make_neuron_task: Callable[..., NeuronTask], neurons: int
+) -> None:
+    """W_down [D, F] is read as it is stored; the copy by neurons is the kernel's own to write."""
+    from lmtt import _C
+
+    task = make_neuron_task(neurons=neurons)
+    stored = replace(task, w_down=task.w_down.t().contiguous().t())
+    assert not stored.w_down.is_contiguous()
+    for isa in _C.info()["available"]:
+        _C.set_isa(isa)
+        for screen in (0.0, 0.02):
+            same_bits(
+                cpp_backend.neuron_contributions(replace(stored, screen=screen)),
+                cpp_backend.neuron_contributions(replace(task, screen=screen)),
+            )
