@@ -24,9 +24,9 @@ RESOURCES = ("compute", "memory", "disk", "bus", "launch")
 class Efficiency:
     """What phases reach of the ceilings.
 
-    seconds = calls * extra + launches + compute / share + memory / memory_share, both at the ceilings: the
-    steps of a phase that compute and those that move bytes come one after the other. A phase without a
-    `memory_share` is as long as its slowest resource / share.
+    seconds = calls * extra + launches + reading + compute / share + memory / memory_share, all at the
+    ceilings: the steps of a phase that compute and those that move bytes come one after the other. A phase
+    without a `memory_share` is as long as its slowest resource / share.
 
     Keys are phases, or "phase, dtype" for what another dtype reaches. `otherwise`: the share of all others.
     """
@@ -41,12 +41,19 @@ class Efficiency:
         own = f"{phase}, {dtype}"
         name = own if own in self.share else phase
         share, memory = self.share.get(name, self.otherwise), self.memory_share.get(name)
-        rest = [spent for resource, spent in busy.items() if resource not in ("launch", "memory")]
-        if memory is None:
-            ideal = max(*rest, busy["memory"]) / share
-        else:
-            ideal = max(rest) / share + busy["memory"] / memory
-        return calls * self.extra.get(name, 0.0) + busy["launch"] + ideal
+        longest, moving, as_it_is = parts(busy)
+        ideal = max(longest, moving) / share if memory is None else longest / share + moving / memory
+        return calls * self.extra.get(name, 0.0) + as_it_is + ideal
+
+
+def parts(busy: Mapping[str, float]) -> tuple[float, float, float]:
+    """Of a phase whose resources are busy for so long: the longest but memory, memory, and what no share is
+    fitted to: launches, and the reading that a phase does before it computes."""
+    rest = {resource: spent for resource, spent in busy.items() if resource not in ("launch", "memory")}
+    as_it_is = busy["launch"]
+    if rest["compute"]:
+        as_it_is += rest.pop("disk")
+    return max(rest.values()), busy["memory"], as_it_is
 
 
 FITTED = Efficiency(efficiency.SHARE, efficiency.MEMORY_SHARE, efficiency.EXTRA)
@@ -125,6 +132,8 @@ def predict(
             add(phase, work * layers, layers)
         for phase, work in once_work(dims, length, device=ceilings.device).items():
             add(phase, work, 1)
+        if not plan.resident and not plan.keeps_head:  # tile by tile, in between
+            add("lens", Work(disk=weights.head), 0)
     if first:
         add("discovery", discovery_work(dims, tokens[0], device=ceilings.device), dims.kinds)
     by = reached(ceilings) if efficiency is None else efficiency

@@ -164,15 +164,16 @@ def kept_bytes(tokens: int, neurons: int = 20) -> float:
 def once_work(dims: Dims, tokens: int, *, device: str = "cpu") -> dict[str, Work]:
     """What a prompt has once, by phase."""
     s, T = dims.shapes, tokens
-    rows = max(1, PREDICTION_WORKSPACE // (4 * s.d_vocab))
-    passes = -(-T // rows)
+    # All positions at once, by tiles of the vocabulary (kernels/unembed_topk): its matrix is read once.
+    tile = max(1, min(s.d_vocab, PREDICTION_WORKSPACE // (16 * T + 4 * s.d_model)))
+    tiles = -(-s.d_vocab // tile)
     return {
         "prompt": Work(launches=DECODING * T),
         "dry run": Work(memory=4 * T * s.d_model * dims.itemsize, launches=200 + 4 * s.layers),
         "lens": Work(
             {dims.dtype if device != "cpu" else "float32": 2.0 * T * s.d_model * s.d_vocab},
-            memory=passes * s.d_vocab * s.d_model * dims.itemsize + 6 * 4.0 * T * s.d_vocab,
-            launches=300 + 20 * passes,
+            memory=s.d_vocab * s.d_model * dims.itemsize + 6 * 4.0 * T * s.d_vocab,
+            launches=300 + 20 * tiles,
         ),
         "graph": Work(memory=8 * 24 * kept_bytes(T) * s.layers / 24, launches=20 * s.layers),
     }

@@ -70,6 +70,23 @@ def test_the_slowest_resource_decides(dims: Dims, machine: Ceilings) -> None:
     assert fast.phases["read"].seconds == pytest.approx(fast.reading)
 
 
+def test_an_unembedding_that_is_not_kept_is_read_for_each_prompt(dims: Dims, machine: Ceilings) -> None:
+    plan, weights = planned(dims, resident=False)
+    weights = replace(weights, head=10**8)
+    seconds = {
+        (keeps, n): predict(dims, machine, [16] * n, replace(plan, keeps_head=keeps), weights).phases["lens"]
+        for keeps in (False, True)
+        for n in (1, 3)
+    }
+    for n in (1, 3):
+        reading = seconds[False, n].seconds - seconds[True, n].seconds
+        assert reading == pytest.approx(n * 10**8 / machine.disk)
+    assert seconds[False, 1].bound == "disk"
+    resident, weights = planned(dims, resident=True)
+    usual = predict(dims, machine, [16], resident, replace(weights, head=10**8))
+    assert usual.phases["lens"].seconds == pytest.approx(seconds[True, 1].seconds)
+
+
 def test_prompts_share_one_read(dims: Dims, machine: Ceilings) -> None:
     plan, weights = planned(dims, resident=False)
     one, many = (predict(dims, machine, [16] * n, plan, weights) for n in (1, 5))
