@@ -3,10 +3,15 @@
 A *run* reports progress layer by layer and can be cancelled at any of them. A *question* (a detail that
 somebody clicked) is short: it goes before all waiting runs, and is answered between two layers of the one
 that is going. So nobody waits for another's run to see a head, and no two forwards fight for one device.
+
+The thread has a lower priority than the server's: a run keeps every processor busy for as long as it goes,
+and a click that needs no model would wait for its turn among the run's threads again and again.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +23,7 @@ from lmtt.errors import LmttError
 
 T = TypeVar("T")
 Report = Callable[[int, int], None]  # layers done, layers in all
+NICER = 10  # steps of priority between the server and a run; a tenth of a processor where both want it
 
 
 class CancelledError(Exception):
@@ -95,6 +101,7 @@ class Worker:
     # --- the thread ---
 
     def _loop(self) -> None:
+        _step_back()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._questions or self._runs)
@@ -140,3 +147,14 @@ class Worker:
                 future.set_exception(error)
             else:
                 future.set_result(answer)
+
+
+def _step_back() -> None:
+    """Lower the calling thread's priority, and with it that of the threads it starts, OpenMP's among them.
+
+    For good: to raise it again takes a privilege.
+    """
+    if sys.platform == "linux":  # elsewhere a priority is a whole process's
+        thread = threading.get_native_id()
+        lower = min(19, os.getpriority(os.PRIO_PROCESS, thread) + NICER)
+        os.setpriority(os.PRIO_PROCESS, thread, lower)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 
 import pytest
+import torch
 
-from lmtt.viz.jobs import BusyError, CancelledError, Worker
+from lmtt.viz.jobs import NICER, BusyError, CancelledError, Worker
 
 
 @pytest.fixture
@@ -88,3 +91,29 @@ def test_errors_reach_who_asked_and_the_thread_lives_on(worker):
         worker.ask(lambda: {}["x"]).result(5)
     assert worker.ask(lambda: 1).result(5) == 1
     assert worker.run(lambda report: 2, "a").result.result(5) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
+def test_a_run_and_its_openmp_threads_give_way_to_the_server(worker):
+    def priorities():
+        return {
+            int(task): os.getpriority(os.PRIO_PROCESS, int(task)) for task in os.listdir("/proc/self/task")
+        }
+
+    before = priorities()
+    own = before[threading.get_native_id()]
+
+    def work(report):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(4)
+        try:
+            torch.rand(500, 500) @ torch.rand(500, 500)
+            return threading.get_native_id(), priorities()
+        finally:
+            torch.set_num_threads(threads)
+
+    thread, during = worker.run(work, "a").result.result(20)
+    started = [priority for task, priority in during.items() if task not in before]
+    assert started, "the multiplication went through one thread, and nothing was tested"
+    assert {during[thread], *started} == {min(19, own + NICER)}
+    assert during[threading.get_native_id()] == own, "the server's own thread must stay in front"
