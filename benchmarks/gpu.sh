@@ -16,7 +16,7 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 export DRY=$dry
 # Without the options of pyproject.toml: it is strict about settings of plugins that this machine may lack.
-export TESTS="-m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -W ignore tests/gpu/test_kernels.py tests/gpu/test_unembedding.py"
+export TESTS="-m pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -W ignore tests/gpu/test_kernels.py tests/gpu/test_unembedding.py tests/gpu/test_features.py"
 mkdir -p "$RESULTS"
 failed=0
 
@@ -62,20 +62,21 @@ build() {
     { echo "not run: no nvcc, so without the kernels in CUDA"; return 0; }
   export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
   chip=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-  LMTT_CUDA=1 LMTT_CUDA_CHIPS=$chip "$PYTHON" setup.py -q build_ext --inplace ||
-    nvcc -std=c++17 -O3 -Icsrc -Xcompiler -fPIC -shared "-arch=sm_$chip" -o lmtt/_lmtt_cuda.so csrc/cuda/*.cu
+  LMTT_CUDA=1 LMTT_CUDA_CHIPS=$chip timeout --kill-after=5 40 "$PYTHON" setup.py -q build_ext --inplace ||
+    timeout --kill-after=5 25 nvcc -std=c++17 -O3 -Icsrc -Xcompiler -fPIC -shared "-arch=sm_$chip" -o lmtt/_lmtt_cuda.so csrc/cuda/*.cu
 }
 
 tests() { # pytest's arguments
   PYTHONSAFEPATH=1 "$PYTHON" $TESTS "$@"
 }
 
-# Most of the time goes into compiling each kernel for the first time, on one core: six processes share the tests.
+# Most of the time goes into compiling each kernel for the first time, on one core: eight processes share the tests.
 all_tests() {
   local some code=0 waiting=()
   [ -z "$DRY" ] || { tests -k "out_of_memory"; return; }
-  for some in "width and float32" "width and bfloat16" "width and float16 and not bfloat16" \
-    "attention_shares and l1" "attention_shares and l2" "not width and not attention_shares"; do
+  for some in "test_kernels and width and float32" "test_kernels and width and bfloat16" \
+    "test_kernels and width and float16 and not bfloat16" "attention_shares and l1" "attention_shares and l2" \
+    "test_features and float32" "test_features and bfloat16" "not width and not attention_shares and not test_features"; do
     tests -k "$some" &
     waiting+=($!)
   done
@@ -127,10 +128,10 @@ bench="$PYTHON benchmarks"
 
 for stage in ${*:-build test sanitize bench stream}; do
   case $stage in
-    build) run build 60 bash -c build ;;
+    build) run build 70 bash -c build ;;
     test) run test 120 bash -c all_tests ;;
     sanitize) run sanitize 60 bash -c sanitize ;;
-    bench) run bench 150 env PYTHONSAFEPATH= $bench/gpu_bench.py $dry --limit 120 --json "$RESULTS/gpu.json" ;;
+    bench) run bench 145 env PYTHONSAFEPATH= $bench/gpu_bench.py $dry --limit 120 --json "$RESULTS/gpu.json" ;;
     stream) run stream 80 env PYTHONSAFEPATH= $bench/gpu_stream.py $dry --json "$RESULTS/stream.json" ;;
     *) echo "no such stage: $stage (build test sanitize bench stream)" >&2; exit 2 ;;
   esac

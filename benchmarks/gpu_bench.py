@@ -3,12 +3,14 @@
     python benchmarks/gpu_bench.py [--shapes NAME ...] [--tokens T ...] [--seconds S] [--json FILE]
     TRITON_INTERPRET=1 python benchmarks/gpu_bench.py --dry-run
 
-For each shape and length: SDPA's flash forward and the layer's own forward (the price to be at), the tile
-pass given W_O r and the log-sum-exp, these two alone, attention and neurons of one layer as traced and at
-screen 0, a materialised torch decomposition where it fits, and FlashTrace's inner loop at its chunk sizes.
-Patterns have a sink, a local band and a few far heads, never noise alone; real activations are measured too
-where gpu_capture.py has left some. Each figure is the median of repetitions timed with device events; what
-time does not allow is listed as such. `gates` in the JSON hold what was measured against what was promised.
+For each shape and length: SDPA's flash forward, which no other of torch's attentions may stand in for, and
+the layer's own forward (the price to be at), the tile pass given W_O r and the log-sum-exp, these two alone,
+the kernel of whole tiles, attention and neurons of one layer as traced and at screen 0, a materialised torch
+decomposition where it fits, and FlashTrace's inner loop at its chunk sizes. Patterns have a sink, a local
+band and a few far heads, never noise alone; real activations are measured too where gpu_capture.py has left
+some. Each figure is the median of repetitions timed with device events; what time does not allow is listed as
+such. Memory is what an op holds beside its results with the workspace that it has by default; times are with
+1 GiB. `gates` in the JSON hold what was measured against what was promised.
 The JSON is written anew after each layer, so that a later failure loses nothing; a layer that fails is listed
 with its error, and the exit status is then 1.
 """
@@ -27,13 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import gpu_aot
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils._pytree import tree_leaves
 
 from lmtt.kernels import registry
+from lmtt.kernels.budget import WORKSPACE as DEFAULT_WORKSPACE
 from lmtt.kernels.directional_attention.fused import launch_tiles, row_logsumexp
-from lmtt.kernels.triton_host import operands, product
+from lmtt.kernels.proximity.fused import DENSE_SOURCES, launch_dense
+from lmtt.kernels.triton_host import Operands, chip, operands, product
 from lmtt.kernels.types import Attention, AttentionTask, NeuronTask
 
 WORKSPACE = 1 << 30
@@ -43,10 +50,14 @@ AS_TRACED: dict[str, Any] = {"screen": 1e-4, "max_certificate": 0.05, "keep": 1e
 FLOOR = (
     1e-3  # at which a layer is held to its forward; a trace at this floor screens attention at a tenth of it
 )
+FLASH = SDPBackend.FLASH_ATTENTION
 DESTINATIONS, SOURCES = 32, 128  # FlashTrace's chunks
 MOST_DENSE = 3e13  # coordinates of pairs that Triton's exact evaluation gets: a few seconds
 MOST_FLASHTRACE = 3e12  # and that FlashTrace's loop gets
 FLASH_LIMIT = 1.6  # of the flash forward's time, for the tile pass at T >= 2048
+DENSE_LIMIT = 0.7  # of what the chip can issue, for the kernel of whole tiles
+MEMORY_LIMIT = 0.05  # of the layer forward's own peak, beside results
+COUNTED = Path(__file__).resolve().parent / "results/gpu-aot.json"  # instructions by gpu_aot.py
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,35 @@ def flashtrace_chunks(task: AttentionTask, every: int = 1) -> Tensor:
     return edges
 
 
+def held_results(outcome: Any) -> int:
+    """Bytes of what an op's result keeps."""
+    tensors = [x for x in tree_leaves(list(vars(outcome).values())) if isinstance(x, Tensor)]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def dense_share(layer: Layer, of: Operands, lse: Tensor, machine: Machine, seconds: float) -> dict[str, Any]:
+    """The kernel of whole tiles alone: its time, and the share of what the chip can issue meanwhile.
+
+    By the instructions that gpu_aot.py counted for 16-bit heads of 128, at an H100's clock.
+    """
+    tokens, d_model = layer.attention.whole.shape
+    rows = torch.arange(tokens, device=machine.device)
+    head, block = torch.arange(of.attention.heads), torch.arange(min(64, -(-tokens // DENSE_SOURCES)))
+    last = torch.tensor([(tokens - 1) // 32])  # destinations that see all of these sources
+    tiles = torch.cartesian_prod(head, block, last).int().to(machine.device)
+    time = machine.milliseconds(lambda: launch_dense(layer.attention, of, rows, lse, tiles, 0), seconds)
+    result: dict[str, Any] = {"dense_tiles": time}
+    counted = {(r["name"], r["chip"]): r["per_element"] for r in json.loads(COUNTED.read_text())}
+    each = counted.get(("dense bf16 128", chip(lse)))
+    if each is None or of.v.shape[2] != 128:
+        result["dense_issue_share"] = "not known: instructions were counted for sm_80 and sm_90, heads of 128"
+    else:
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        coordinates = len(tiles) * 32 * DENSE_SOURCES * d_model
+        result["dense_issue_share"] = coordinates * each / (processors * 128 * gpu_aot.CLOCK * time / 1e3)
+    return result
+
+
 def measure_kernels(layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
     """The regular kernels and their peers; nothing outlives this function."""
     a, tokens = layer.attention.attention, layer.attention.whole.shape[0]
@@ -233,18 +273,25 @@ def measure_kernels(layer: Layer, machine: Machine, seconds: float) -> dict[str,
     sums = torch.zeros(heads, tokens, device=machine.device)
     flat = a.w_o.reshape(-1, d_model)
     run: dict[str, Callable[[], Any]] = {
-        "flash_forward": lambda: scaled_dot_product_attention(
-            a.q[None], a.k[None], a.v[None], is_causal=True, enable_gqa=True
-        ),
         "tile_pass": lambda: launch_tiles(of, lse, rows, towards, edges, "heads"),
         "row_sums": lambda: launch_tiles(of, lse, rows, towards, sums, "sources"),
         "log_sum_exp": lambda: row_logsumexp(of),
         "projection": lambda: product(signs, flat),
     }
+    peers: dict[str, Callable[[], Any]] = {
+        "flash_forward": lambda: scaled_dot_product_attention(
+            a.q[None], a.k[None], a.v[None], is_causal=True, enable_gqa=True
+        )
+    }
     if layer.forward is not None:
-        run["layer_forward"] = layer.forward
-    result: dict[str, Any] = {label: machine.milliseconds(work, seconds) for label, work in run.items()}
+        peers["layer_forward"] = layer.forward
+    # No other of torch's attentions may stand in for it: where it cannot run, this raises.
+    result: dict[str, Any] = {"sdpa_backend": FLASH.name}
+    with sdpa_kernel(FLASH):
+        result |= {label: machine.milliseconds(work, seconds) for label, work in peers.items()}
+    result |= {label: machine.milliseconds(work, seconds) for label, work in run.items()}
     result["tile_pass_over_flash"] = result["tile_pass"] / result["flash_forward"]
+    result |= dense_share(layer, of, lse, machine, seconds)
     side = 8192 if machine.cuda else 64
     square = torch.randn(side, side, device=machine.device, dtype=torch.bfloat16)
     dense = 2.0 * side**3 / machine.milliseconds(lambda: square @ square, seconds)
@@ -265,6 +312,7 @@ def measure_backend(backend: str, layer: Layer, machine: Machine, seconds: float
         ("attention", layer.attention),
         ("attention_at_floor", at_floor),
         ("neurons", layer.neurons),
+        ("neurons_exact", replace(layer.neurons, screen=0.0)),
     ]
     if backend == "cuda" or dims < MOST_DENSE:
         tasks.append(("attention_exact", exact))
@@ -272,8 +320,9 @@ def measure_backend(backend: str, layer: Layer, machine: Machine, seconds: float
         result[f"{backend}_attention_exact"] = "not run: more than the time given"
     for label, task in tasks:
         op = "neuron_contributions" if isinstance(task, NeuronTask) else "attention_contributions"
-        outcome, held = machine.peak(lambda op=op, task=task: registry.run(op, task, backend=backend)[0])
-        result[f"{backend}_{label}_bytes"] = held
+        small = replace(task, workspace=DEFAULT_WORKSPACE)
+        outcome, held = machine.peak(lambda op=op, task=small: registry.run(op, task, backend=backend)[0])
+        result[f"{backend}_{label}_bytes"] = max(0, held - held_results(outcome))
         result[f"{backend}_{label}_evaluated"] = outcome.evaluated
         result[f"{backend}_{label}_positive"] = outcome.positive
         result[f"{backend}_{label}"] = machine.milliseconds(
@@ -289,12 +338,16 @@ def measure(layer: Layer, machine: Machine, seconds: float) -> dict[str, Any]:
     shape = {"shape": layer.name, "tokens": tokens, "width": d_model}
     result = {**shape, **measure_kernels(layer, machine, seconds)}
     if layer.forward is not None:
-        _, result["layer_forward_bytes"] = machine.peak(layer.forward)
+        with sdpa_kernel(FLASH):
+            _, result["layer_forward_bytes"] = machine.peak(layer.forward)
     for backend in ("cuda", "triton"):
         result |= measure_backend(backend, layer, machine, seconds)
         both = [result.get(f"{backend}_{op}") for op in ("attention_at_floor", "neurons")]
         if layer.forward is not None and all(isinstance(x, float) for x in both):
             result[f"{backend}_over_layer"] = sum(both) / result["layer_forward"]
+            most = max(result[f"{backend}_{op}_bytes"] for op in ("attention_at_floor", "neurons"))
+            own = result["layer_forward_bytes"]
+            result[f"{backend}_bytes_over_layer"] = most / own if own else "not measured: no device"
     needed = 14.0 * heads * tokens**2 * d_model
     if needed > 0.6 * machine.free():
         result["materialised"] = f"not run: needs {needed / 2**30:.0f} GiB"
@@ -326,11 +379,21 @@ def gates(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if big and r["tokens"] == 4096:
             ratios = [x for b in ("cuda", "triton") if isinstance(x := r.get(f"{b}_over_layer"), float)]
             yield gate(f"{at}: everything / layer forward", min(ratios, default=None), 1.0)
+            yield gate(
+                f"{at}: whole tiles / issue ceiling", r.get("dense_issue_share"), DENSE_LIMIT, least=True
+            )
+            for b in ("cuda", "triton"):
+                share = r.get(f"{b}_bytes_over_layer")
+                yield gate(f"{at}: {b}, workspace of 64 MiB / layer forward's peak", share, MEMORY_LIMIT)
         if r["shape"] == "llama-3-8b" and r["tokens"] == 5010:
-            for label, limit in (("attention_exact", 6.0), ("attention", 0.6)):
-                times = [x for b in ("cuda", "triton") if isinstance(x := r.get(f"{b}_{label}"), float)]
+            for label, ops, limit in (
+                ("all exact", ("attention_exact", "neurons_exact"), 6.0),
+                ("screened", ("attention", "neurons"), 0.6),
+            ):
+                both = [[r.get(f"{b}_{op}") for op in ops] for b in ("cuda", "triton")]
+                times = [sum(x) for x in both if all(isinstance(y, float) for y in x)]
                 seconds = min(times) * 36 / 1e3 if times else None
-                yield gate(f"{at}: 36 layers of {label}, s", seconds, limit)
+                yield gate(f"{at}: 36 layers, attention and neurons, {label}, s", seconds, limit)
         if r["shape"] == "llama-3-8b" and r["tokens"] == 10_000:
             completes = 0.0 if "failed" in r else None if "not run" in r else 1.0
             yield gate(f"{at}: completes", completes, 1.0, least=True)

@@ -316,6 +316,24 @@ def dense_tiles(bits: Tensor) -> Tensor:
     return (share >= DENSE_SHARE).nonzero().int().contiguous()
 
 
+def launch_dense(
+    task: AttentionTask, of: Operands, rows: Tensor, lse: Tensor, tiles: Tensor, first_head: int
+) -> Tensor:
+    """Exact proximities [n, 32, DENSE_SOURCES] of all pairs of `tiles`, int32 [n, 3], see `_dense`."""
+    a, whole = task.attention, task.whole.contiguous()
+    width = a.v.shape[2]
+    values = torch.empty(len(tiles), 32, DENSE_SOURCES, dtype=torch.float32, device=tiles.device)
+    _dense[(len(tiles),)](
+        v=a.v.contiguous(), lse=lse, w_o=a.w_o.contiguous(), whole=whole, rows=rows.int(), tiles=tiles,
+        values=values, first_head=first_head, count=len(rows), heads=a.heads, width=whole.shape[1],
+        row_scale=whole if a.row_scale is None else a.row_scale.contiguous(),
+        ROW_SCALE=a.row_scale is not None, E_V=width, BE_V=depth_step(width), BJ=DENSE_SOURCES,
+        BD=DENSE_DEPTH, num_warps=4, num_stages=2,
+        **of.arguments,
+    )  # fmt: skip
+    return values
+
+
 def evaluate_dense(
     chunk: Chunk, lse: Tensor, tiles: Tensor, bits: Tensor, first_head: int
 ) -> tuple[Listed, Tensor]:
@@ -323,19 +341,7 @@ def evaluate_dense(
 
     bits[0] is of `first_head`.
     """
-    a, of = chunk.task.attention, chunk.of
-    n = len(tiles)
-    width = a.v.shape[2]
-    values = torch.empty(n, 32, DENSE_SOURCES, dtype=torch.float32, device=bits.device)
-    whole = chunk.task.whole.contiguous()
-    _dense[(n,)](
-        v=a.v.contiguous(), lse=lse, w_o=a.w_o.contiguous(), whole=whole, rows=chunk.rows.int(), tiles=tiles,
-        values=values, first_head=first_head, count=len(chunk.rows), heads=a.heads, width=whole.shape[1],
-        row_scale=whole if a.row_scale is None else a.row_scale.contiguous(),
-        ROW_SCALE=a.row_scale is not None, E_V=width, BE_V=depth_step(width), BJ=DENSE_SOURCES,
-        BD=DENSE_DEPTH, num_warps=4, num_stages=2,
-        **of.arguments,
-    )  # fmt: skip
+    values = launch_dense(chunk.task, chunk.of, chunk.rows, lse, tiles, first_head)
     head, block, word = tiles.long().unbind(1)
     source = (block[:, None] * DENSE_SOURCES + torch.arange(DENSE_SOURCES, device=bits.device)).clamp_(
         max=bits.shape[1] - 1

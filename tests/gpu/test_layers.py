@@ -39,10 +39,10 @@ def test_every_numerical_test_passes_under_the_interpreter():
         )
         for arguments in (
             ["tests/numerics", "-k", "triton"],
-            ["tests/gpu/test_kernels.py", "tests/gpu/test_unembedding.py"],
+            ["tests/gpu/test_kernels.py", "tests/gpu/test_unembedding.py", "tests/gpu/test_features.py"],
         )
     ]  # fmt: skip
-    for run, least in zip(runs, (40, 75), strict=True):
+    for run, least in zip(runs, (40, 95), strict=True):
         output, _ = run.communicate(timeout=560)
         assert run.returncode == 0, output[-4000:]
         passed = re.search(r"(\d+) passed", output)
@@ -90,6 +90,10 @@ def test_the_gpu_script_runs_dry(tmp_path):
         assert record["status"] == "ok" or record["detail"][0].startswith("not run: no nvcc"), stage
     assert isinstance(records["gpu"]["results"][0]["triton_attention"], float)
     assert records["stream"]["streamed"]["edges"] > 0
+    assert records["gpu"]["results"][0]["sdpa_backend"] == "FLASH_ATTENTION"
+    limits = re.findall(r"\) run \w+ (\d+) ", (ROOT / "benchmarks/gpu.sh").read_text())
+    assert len(limits) == 5
+    assert sum(map(int, limits)) < 480, "eight minutes in all"
 
 
 @needs_triton
