@@ -235,6 +235,11 @@ def _ceilings(device: str, remeasure: bool) -> Ceilings:
 def _limit(named: int | None, ceilings: Ceilings) -> tuple[int, str]:
     """Bytes that may be used, and where that number comes from; the engine's own rule where none is named."""
     if named is not None:
+        if ceilings.source == "data sheet" and named > (ceilings.capacity or named):
+            raise InputError(
+                f"memory={in_words(named)} is more than there is",
+                expected=f"at most the {in_words(ceilings.capacity or 0)} of {ceilings.name}",
+            )
         return named, "as asked"
     if ceilings.source == "data sheet":
         assert ceilings.capacity is not None

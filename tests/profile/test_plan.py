@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import lmtt
 from lmtt.checkpoint.disk import PAGE
 from lmtt.errors import CheckpointError, InputError
 from lmtt.profile import ceilings
 from lmtt.profile.ceilings import DATA_SHEETS, Ceilings, of_this_machine
-from lmtt.profile.planning import plan_run
+from lmtt.profile.planning import Planned, plan_run
 from lmtt.streaming.weights import StreamedWeights
 from lmtt.testing_models import tiny_model
 
@@ -58,6 +60,87 @@ def test_a_limit_too_small_names_one_that_works(checkpoint: Callable[..., Path])
     assert named is not None
     enough = plan_run(folder, 40, memory=named[1], device="cpu")
     assert not enough.plan.resident
+
+
+def test_a_config_with_an_entry_for_each_layer_is_planned_by_its_largest(tmp_path: Path) -> None:
+    """The peak is in the largest layer, wherever it comes."""
+
+    def planned(mlp: list[int]) -> Planned:
+        folder = tmp_path / "-".join(map(str, mlp))
+        kinds = ["sliding_attention", "full_attention", "full_attention"]
+        transformers.Gemma3nTextConfig(
+            num_hidden_layers=3, hidden_size=32, intermediate_size=mlp, num_attention_heads=4, head_dim=8,
+            num_key_value_heads=2, vocab_size=97, vocab_size_per_layer_input=97, laurel_rank=4,
+            hidden_size_per_layer_input=8, num_kv_shared_layers=0, layer_types=kinds, altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0] * 3,
+        ).save_pretrained(folder)  # fmt: skip
+        return plan_run(str(folder), 40, memory="1GiB", device="cpu")
+
+    mixed, moved, even = planned([512, 1024, 256]), planned([256, 512, 1024]), planned([1024] * 3)
+    assert mixed.dims.shapes == even.dims.shapes
+    assert mixed.dims.shapes.d_mlp == 1024
+    assert mixed.dims.kinds == 3
+    assert mixed.weights == moved.weights
+    assert mixed.plan.bytes == moved.plan.bytes
+    assert mixed.weights.raw_layer == even.weights.raw_layer
+    # Weights are counted layer by layer: gate, up and down of the two that are smaller.
+    assert even.weights.all - mixed.weights.all == 3 * 32 * (512 + 768) * 4
+    assert even.plan.bytes.activations == mixed.plan.bytes.activations > 0
+
+
+def test_experts_in_a_plan(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """All of a layer's experts are memory; one token is multiplied with those that it is routed to."""
+
+    def planned(experts: int, chosen: int, layers: int = 3, memory: str = "1GiB") -> Planned:
+        folder = tmp_path / f"{experts}-{chosen}"
+        config = json.loads((checkpoint("mixtral") / "config.json").read_text())
+        config |= {"num_local_experts": experts, "num_experts_per_tok": chosen,
+                   "intermediate_size": 256, "num_hidden_layers": layers}  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        return plan_run(str(folder), 40, memory=memory, device="cpu")
+
+    few, many, busy = planned(4, 2), planned(16, 2), planned(16, 8)
+    D, L = few.dims.shapes.d_model, few.dims.shapes.layers
+    expert = 3 * 256 * D
+    # The experts and their rows of the router.
+    assert many.weights.all - few.weights.all == L * (12 * expert + 12 * D) * 4
+    assert many.dims.active - few.dims.active == 12 * D
+    assert busy.dims.active - many.dims.active == 6 * expert
+    assert few.plan.bytes.resident == few.weights.all
+    work = {name: p.prediction.phases["forward"].work for name, p in (("many", many), ("busy", busy))}
+    assert work["busy"].operations > work["many"].operations
+    # Streamed, the room is for one layer's experts and their packing, and few are read for few tokens.
+    streamed = planned(16, 2, 40, "40MiB")
+    assert streamed.weights.all > streamed.limit
+    assert not streamed.plan.resident
+    assert streamed.plan.bytes.decoded >= 16 * expert * 4
+    assert streamed.plan.bytes.ring < expert * 4
+
+
+def test_a_limit_on_a_device_that_is_not_here(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Planning needs no device: the limit is the GPU's, and what the host holds is not counted in it."""
+    config = json.loads((checkpoint("llama") / "config.json").read_text())
+    large = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "vocab_size": 32000,
+             "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "dtype": "bfloat16",
+             "max_position_embeddings": 4096}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | large))
+    folder = str(tmp_path)
+    whole, less = (plan_run(folder, 1024, device="RTX 4090", memory=m) for m in ("20GiB", "1GiB"))
+    assert (whole.plan.resident, less.plan.resident) == (True, False)
+    assert (whole.limit, less.limit) == (20 * 2**30, 2**30)
+    assert less.plan.bytes.total <= less.limit < whole.weights.all
+    assert less.prediction.phases["read"].seconds > 0
+    assert whole.dims.shapes.device == "cuda"
+    with pytest.raises(InputError, match="too little") as caught:
+        plan_run(folder, 1024, device="RTX 4090", memory="100MiB")
+    named = re.search(r"at least ([\d.]+\wiB)", str(caught.value))
+    assert named is not None
+    assert not plan_run(folder, 1024, device="RTX 4090", memory=named[1]).plan.resident
+    with pytest.raises(
+        InputError, match="25GiB is more than there is, expected at most the 24GiB of RTX 4090"
+    ):
+        plan_run(folder, 1024, device="RTX 4090", memory="25GiB")
 
 
 def test_more_tokens_take_more(checkpoint: Callable[..., Path]) -> None:
