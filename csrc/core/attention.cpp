@@ -44,9 +44,14 @@ struct Block {
   bool contiguous() const { return at.back() - at.front() + 1 == static_cast<int64_t>(at.size()); }
 };
 
+// Records of one head and row that stand together in a block and whose sources share a group. Some may be listed only.
+struct Run {
+  uint32_t block, first, count;
+};
+
 // Records of one head whose sources make up one block of u.
 struct SourceGroup {
-  int64_t head, begin, end;
+  int64_t head, begin, end;      // of the head's runs
   std::vector<int32_t> sources;  // none with a gate: then every record has a u of its own
 };
 
@@ -81,7 +86,8 @@ class Pass {
   }
   void set_doubtful_aside(Block& block, const int32_t* rows);
   void evaluate(const std::vector<Block*>& blocks);
-  void evaluate(const SourceGroup& group, Scratch& scratch);
+  void gather(const std::vector<Block*>& blocks, int64_t h, std::vector<SourceGroup>& groups);
+  void evaluate(const SourceGroup& group, const std::vector<Block*>& blocks, Scratch& scratch);
   void finish(const Block& block, const int32_t* rows, Scratch& scratch);
   void keep(const Block& block, const int32_t* rows, Scratch& scratch);
 
@@ -111,7 +117,7 @@ class Pass {
   Buffer<float> k_panels, v_panels;         // [H_kv, panels, E or E_v, 16]
   Buffer<float> o_panels;                   // [H, panels of D, E_v, 16]
   Buffer<float> direction;                  // [rows at a time, H, E_v]
-  std::vector<Record*> gathered;            // records by head and group of sources
+  std::vector<std::vector<Run>> gathered;   // [H]: by group of sources
   std::vector<KeptRow> kept;                // [T]
   std::vector<Scratch> scratch;             // by thread
 };
@@ -120,7 +126,7 @@ Pass::Pass(const AttentionInput& input, AttentionOutput& output)
     : in(input), out(output), T(in.T), H(in.H), E(in.E), E_v(in.E_v), D(in.parts.D), heads_per_kv(in.H / in.H_kv),
       width(padded(in.T)), stride_of_T(padded(in.T) + kPanel), width_of_D(padded(in.parts.D)), blocks_of_D(padded(panels(in.parts.D))), u_stride(padded(in.parts.D) + kPanel) {
   block_rows = T <= 512 || T > 4096 ? 12 : 24;  // few at small T for balance, few at large T for cache
-  record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Record*));
+  record_budget = in.workspace / 2 / int64_t(sizeof(Record) + sizeof(Run));
   packed = (in.H_kv * width * (E + E_v) + H * E_v * width_of_D) * int64_t(sizeof(float)) <= in.workspace / 4;
   threshold.resize(T), listed.resize(T), doubtful.resize(T), lowered.resize(T), parts.resize(T), uncertain.resize(T), expected.resize(T), first_order.resize(T), signed_sum.resize(T), absolute.resize(T);
   positive.resize(T), evaluated.resize(T);
@@ -459,52 +465,65 @@ void Pass::set_doubtful_aside(Block& block, const int32_t* rows) {
 
 // Step 4: replaces the value of every record by its exact proximity.
 void Pass::evaluate(const std::vector<Block*>& blocks) {
-  std::vector<int64_t> head_begin(H + 1, 0);
-  for (int64_t h = 0; h < H; ++h) {
-    head_begin[h + 1] = head_begin[h];
-    for (const Block* b : blocks) head_begin[h + 1] += b->head_begin[h + 1] - b->head_begin[h];
-  }
-  gathered.resize(head_begin[H]);
-
+  gathered.resize(H);
   std::vector<std::vector<SourceGroup>> groups(H);
-  parallel_for(in.threads, H, [&](int64_t h, int) {
-    const auto each = [&](const auto& action) {
-      for (Block* b : blocks) {
-        for (int64_t n = b->head_begin[h]; n < b->head_begin[h + 1]; ++n) {
-          if (b->records[n].coefficient != 0) action(b->records[n]);
-        }
-      }
-    };
-    std::vector<int64_t> count(T, 0);
-    each([&](const Record& record) { ++count[record.source]; });
-    // Sources to groups, and the records' places: those of a group stand together, in the order of blocks and rows,
-    // so that a row of `whole` is read once for all its sources in a group. Records only listed leave room unused.
-    std::vector<int64_t> group_of(T, 0), at;
-    int64_t begin = head_begin[h], end = begin, sources = 0;
-    for (int64_t j = 0; j < T; ++j) {
-      if (count[j] == 0) continue;
-      if (sources++ % kSources == 0) {
-        at.push_back(end);
-        if (!in.gate) groups[h].push_back({h, end, end, {}});
-      }
-      group_of[j] = static_cast<int64_t>(at.size()) - 1;
-      end += count[j];
-      if (!in.gate) groups[h].back().end = end, groups[h].back().sources.push_back(static_cast<int32_t>(j));
-    }
-    for (; in.gate && begin < end; begin += kSources) {
-      groups[h].push_back({h, begin, std::min(begin + kSources, end), {}});
-    }
-    each([&](Record& record) { gathered[at[group_of[record.source]]++] = &record; });
-  });
-
+  parallel_for(in.threads, H, [&](int64_t h, int) { gather(blocks, h, groups[h]); });
   std::vector<SourceGroup> all;
   for (const auto& some : groups) all.insert(all.end(), some.begin(), some.end());
-  parallel_for(in.threads, all.size(), [&](int64_t n, int thread) { evaluate(all[n], scratch[thread]); });
+  parallel_for(in.threads, all.size(), [&](int64_t n, int thread) { evaluate(all[n], blocks, scratch[thread]); });
 }
 
-void Pass::evaluate(const SourceGroup& group, Scratch& s) {
+// Sources of one head to groups, and its records to runs: those of a group stand together, in the order of blocks and
+// rows, so that a row of `whole` is read once for all its sources in a group.
+void Pass::gather(const std::vector<Block*>& blocks, int64_t h, std::vector<SourceGroup>& groups) {
+  std::vector<char> wanted(T, 0);
+  for (const Block* b : blocks) {
+    for (int64_t n = b->head_begin[h]; n < b->head_begin[h + 1]; ++n) {
+      if (b->records[n].coefficient != 0) wanted[b->records[n].source] = 1;
+    }
+  }
+  std::vector<int32_t> group_of(T, 0);
+  int64_t sources = 0;
+  for (int64_t j = 0; j < T && !in.gate; ++j) {
+    if (wanted[j] && sources++ % kSources == 0) groups.push_back({h, 0, 0, {}});
+    if (wanted[j]) groups.back().sources.push_back(static_cast<int32_t>(j));
+    group_of[j] = std::max<int32_t>(0, static_cast<int32_t>(groups.size()) - 1);
+  }
+
+  const int64_t longest = in.gate ? kTogether : T;  // with a gate a group has few records, not few sources
+  const auto each_run = [&](const auto& action) {
+    for (uint32_t block = 0; block < blocks.size(); ++block) {
+      const Record* records = blocks[block]->records.data();
+      const int64_t end = blocks[block]->head_begin[h + 1];
+      for (int64_t n = blocks[block]->head_begin[h]; n < end;) {
+        const int64_t first = n++;
+        if (records[first].coefficient == 0) continue;
+        const int32_t row = records[first].row, group = group_of[records[first].source];
+        const int64_t limit = std::min(end, first + longest);
+        while (n < limit && records[n].row == row && group_of[records[n].source] == group) ++n;
+        action(group, Run{block, static_cast<uint32_t>(first), static_cast<uint32_t>(n - first)});
+      }
+    }
+  };
+  std::vector<int64_t> place(groups.size() + 2, 0);  // of each group's runs, after the number of those before
+  each_run([&](int32_t group, const Run&) { ++place[group + 1]; });
+  std::partial_sum(place.begin(), place.end(), place.begin());
+  gathered[h].resize(place.back());
+  for (std::size_t g = 0; g < groups.size(); ++g) groups[g].begin = place[g], groups[g].end = place[g + 1];
+  each_run([&](int32_t group, const Run& run) { gathered[h][place[group]++] = run; });
+  const int64_t runs = static_cast<int64_t>(gathered[h].size()), few = kSources / kTogether;
+  for (int64_t n = 0; in.gate && n < runs; n += few) groups.push_back({h, n, std::min(n + few, runs), {}});
+}
+
+void Pass::evaluate(const SourceGroup& group, const std::vector<Block*>& blocks, Scratch& s) {
   const int64_t h = group.head;
   int32_t* slot = s.slot.get();  // [T]: which u is a source's; -1 outside this function
+  const auto each_run = [&](const auto& action) {  // with its first record
+    for (int64_t n = group.begin; n < group.end; ++n) {
+      const Run& run = gathered[h][n];
+      action(blocks[run.block]->records.data() + run.first, run.count);
+    }
+  };
 
   int32_t count = 0;
   for (const int32_t j : group.sources) {
@@ -512,9 +531,15 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
     std::copy(v, v + E_v, s.x + count * E_v);
     slot[j] = count++;
   }
-  for (int64_t n = group.begin; in.gate && n < group.end; ++n, ++count) {
-    const float *v = in.v.at(h / heads_per_kv, gathered[n]->source), *gate = in.gate + (gathered[n]->row * H + h) * E_v;
-    for (int64_t e = 0; e < E_v; ++e) s.x[count * E_v + e] = v[e] * gate[e];
+  if (in.gate) {
+    each_run([&](const Record* record, uint32_t some) {
+      for (const Record* end = record + some; record < end; ++record) {
+        if (record->coefficient == 0) continue;
+        const float *v = in.v.at(h / heads_per_kv, record->source), *gate = in.gate + (record->row * H + h) * E_v;
+        for (int64_t e = 0; e < E_v; ++e) s.x[count * E_v + e] = v[e] * gate[e];
+        ++count;
+      }
+    });
   }
   for (int64_t d = 0; d < D; d += kPanel) {
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, D - d));
@@ -529,22 +554,30 @@ void Pass::evaluate(const SourceGroup& group, Scratch& s) {
 
   for (int32_t n = 0; n < count; ++n) kernel.block_largest(s.u + n * u_stride, D, s.u_largest + n * blocks_of_D);
 
-  for (int64_t n = group.begin; n < group.end;) {
-    const int64_t i = gathered[n]->row;
+  count = 0;
+  each_run([&](Record* record, uint32_t of_run) {
+    const int64_t i = record->row;
+    Record* together[kTogether];
     const float *u[kTogether], *largest[kTogether];
     float coefficient[kTogether], over[kTogether];
     int some = 0;
-    for (; some < kTogether && n + some < group.end && gathered[n + some]->row == i; ++some) {
-      const int64_t m = in.gate ? n + some - group.begin : slot[gathered[n + some]->source];
+    const auto evaluate_these = [&] {
+      kernel.overshoots(some, u, largest, in.parts.whole + i * D, smallest + i * blocks_of_D, coefficient, D, over);
+      for (int p = 0; p < some; ++p) {
+        const float value = together[p]->value - 2 * over[p];
+        together[p]->value = value < 0 ? 0 : value;
+      }
+      some = 0;
+    };
+    for (Record* const end = record + of_run; record < end; ++record) {
+      if (record->coefficient == 0) continue;
+      const int64_t m = in.gate ? count++ : slot[record->source];
       u[some] = s.u + m * u_stride, largest[some] = s.u_largest + m * blocks_of_D;
-      coefficient[some] = gathered[n + some]->coefficient;
+      coefficient[some] = record->coefficient, together[some++] = record;
+      if (some == kTogether) evaluate_these();
     }
-    kernel.overshoots(some, u, largest, in.parts.whole + i * D, smallest + i * blocks_of_D, coefficient, D, over);
-    for (int p = 0; p < some; ++p, ++n) {
-      const float value = gathered[n]->value - 2 * over[p];
-      gathered[n]->value = value < 0 ? 0 : value;
-    }
-  }
+    if (some > 0) evaluate_these();
+  });
   for (const int32_t j : group.sources) slot[j] = -1;
 }
 
