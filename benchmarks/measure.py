@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import re
 import resource
@@ -30,7 +31,9 @@ import torch
 ENOUGH_CALLS = 7
 WARM_UP_TOKENS = 16
 PAIRED_TOKENS = (256, 512, 1024)  # lengths at which traces and plain forwards take turns
-PAIRS = 5
+PAIRS = 9
+SHARES = 9  # calls that take turns with the ceiling
+BURST = 20_000_000  # rounds of multiply-adds: long enough for threads to be on processors of their own
 ROUNDS, OURS_IN_A_ROUND = 3, 3  # of methods that take turns
 PATCHES = 6  # forward passes sampled for the price of activation patching
 OUT_OF_MEMORY = "out of memory"
@@ -40,7 +43,7 @@ OUT_OF_MEMORY = "out of memory"
 class Figure:
     """What to measure. `folder` holds what `prepare` wrote."""
 
-    what: str  # attention | turns | neurons | forward | everything | patching
+    what: str  # attention | turns | share | neurons | forward | everything | patching
     method: str  # who does it: ours, a peer, or a variant ("all" or "last" logits of a forward)
     tokens: int
     folder: str
@@ -133,11 +136,9 @@ def _attention(
     from lmtt.kernels import registry
 
     match method:
-        case "ours" | "ours, nothing skipped":
+        case "ours":
             assert screen is not None
-            task = cases.as_stored(case).attention
-            given = task if method == "ours" else cases.nothing_to_skip(task)
-            screened = replace(given, screen=screen)
+            screened = replace(cases.as_stored(case).attention, screen=screen)
             return lambda: registry.run("attention_contributions", screened)[0]
         case "flashtrace":
             assert chunks is not None
@@ -178,6 +179,49 @@ def measure_turns(figure: Figure) -> dict[str, Any]:
                     if number:
                         seconds[name].append(time.perf_counter() - start)
         layers.append({"layer": layer, "turns": seconds})
+    return {"by_layer": layers}
+
+
+def measure_share(figure: Figure) -> dict[str, Any]:
+    """Exact evaluation of attention where every coordinate is read, in turns with the ceiling it is held to.
+
+    `seconds` is of that step by the kernels' own clock, `ceiling` the multiply-adds in registers
+    per second (float32 lanes) right before and after: a shared machine is faster now and slower then.
+    """
+    import cases
+    import peers
+
+    from lmtt import _C
+    from lmtt.kernels import registry, stages
+
+    assert figure.screen is not None
+
+    def ceiling() -> float:
+        start = time.perf_counter()
+        done = float(_C.multiply_adds(BURST, figure.threads)[0])
+        return done / (time.perf_counter() - start)
+
+    layers = []
+    for layer in figure.layers:
+        case = cases.load(Path(figure.folder) / f"layer-{layer}.safetensors", figure.tokens)
+        task = replace(cases.nothing_to_skip(cases.as_stored(case).attention), screen=figure.screen)
+        evaluation, rates = [], [ceiling()]
+        for number in range(SHARES + 1):  # the first is not counted
+            with stages.listening() as seconds:
+                result = registry.run("attention_contributions", task)[0]
+            rates.append(ceiling())
+            if number:
+                evaluation.append(seconds["exact evaluation"])
+        around = [(before + after) / 2 for before, after in itertools.pairwise(rates)][1:]
+        layers.append(
+            {
+                "layer": layer,
+                "evaluated": result.evaluated,
+                "sources": peers.sources_above(task),
+                "seconds": evaluation,
+                "ceiling": around,
+            }
+        )
     return {"by_layer": layers}
 
 
@@ -398,6 +442,7 @@ def save_model(model: Any, folder: Path) -> None:
 FIGURES: dict[str, Callable[[Figure], dict[str, Any]]] = {
     "attention": measure_attention,
     "turns": measure_turns,
+    "share": measure_share,
     "neurons": measure_neurons,
     "forward": measure_forward,
     "everything": measure_everything,

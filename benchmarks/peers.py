@@ -235,6 +235,14 @@ def _pattern(task: AttentionTask) -> Tensor:
     return logits.masked_fill_(torch.ones(T, T, dtype=torch.bool).triu_(1), -torch.inf).softmax(-1)
 
 
+def sources_above(task: AttentionTask) -> int:
+    """Sources of all heads that have a destination to be evaluated: each needs its part of W_O once."""
+    a = task.attention
+    towards = torch.einsum("id,hed->hie", task.whole.sign(), a.w_o)
+    first_order = _pattern(task).mul_(towards @ a.v.repeat_interleave(a.group, 0).mT)
+    return int((first_order > task.screen * task.whole.abs().sum(-1)[:, None]).any(1).sum())
+
+
 def _shares(task: AttentionTask, edges: Tensor, per_head: Tensor) -> Contributions:
     """Divide by each row's sum of proximities, the residual's among them."""
     y = task.whole

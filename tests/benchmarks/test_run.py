@@ -218,6 +218,40 @@ def test_what_takes_turns_is_judged_by_its_turns(folder: Path) -> None:
     assert names["attention, screen 1e-3 / plain torch, T = 40"] == pytest.approx(4 / 60)
 
 
+def test_exact_evaluation_is_judged_beside_its_ceiling(folder: Path) -> None:
+    import cases
+    import measure
+    import peers
+    import report
+
+    figure = measure.Figure("share", "ours, nothing skipped", 40, str(folder), (0, 1), 1, 0.02)
+    result = measure.measure_share(replace(figure))
+    assert {len(one["seconds"]) for one in result["by_layer"]} == {measure.SHARES}
+    for one in result["by_layer"]:
+        case = cases.load(folder / f"layer-{one['layer']}.safetensors", 40)
+        assert 0 < one["sources"] <= one["evaluated"]
+        everything = peers.sources_above(replace(case.attention, screen=-1.0))
+        assert one["sources"] < everything == case.attention.attention.heads * 40
+        assert all(0 < seconds < 1 for seconds in one["seconds"])
+        assert all(ceiling > 1e8 for ceiling in one["ceiling"])
+
+    # 1000 pairs of 8 coordinates and 10 sources of 2 x 8 multiply-adds, at half and a quarter of the ceiling
+    lanes = 1000 * 8 * report.EVALUATION_INSTRUCTIONS + 10 * 2 * 8
+    layers = [
+        {
+            "layer": n,
+            "evaluated": 1000,
+            "sources": 10,
+            "seconds": [part * lanes / 1e9] * 2,
+            "ceiling": [1e9] * 2,
+        }
+        for n, part in enumerate((2, 4))
+    ]
+    figures = report.Figures([{"label": "share", "status": "ok", **asdict(figure), "by_layer": layers}])
+    share = report.kernel_share(figures, 40, 0.02, {"d_model": 8, "d_head": 2})
+    assert share == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
 def test_weights_lie_as_a_trace_has_them(folder: Path) -> None:
     import cases
 
