@@ -46,7 +46,7 @@ SCALARS: Types = {
     **dict.fromkeys(
         ("count", "heads", "group", "tokens", "window", "width", "pairs", "neurons", "vocabulary"), "i32"
     ),
-    **dict.fromkeys(("first_head", "stride", "part_stride", "tiles"), "i32"),
+    **dict.fromkeys(("first_head", "stride", "part_stride"), "i32"),
     **dict.fromkeys(("out_head", "mask_head"), "i64"),
     **dict.fromkeys(("scale", "softcap", "margin"), "fp32"),
 }
@@ -104,7 +104,7 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
 
     plain = {"SOFTCAP": False, "WINDOW": False, "MASK": 0, "ALIBI": False}
     loaded = {"SOFTCAP": True, "WINDOW": True, "MASK": 2, "ALIBI": True}
-    few = {"bf16": (128, 80, 256), "fp16": (128,), "fp32": (64,)}
+    few = {"bf16": (128, 64, 80, 256), "fp16": (128,), "fp32": (64,)}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         split = name != "fp32"
         for width in WIDTHS if full and name != "fp16" else few[name]:
@@ -139,6 +139,11 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                     {**sizes, **plain, "PER_HEAD": False, "INSIDE": inside},
                     **some,
                 )
+            if width in (64, 128) and split:
+                yield Case(
+                    f"row_logsumexp {name} {width}", directional._row_logsumexp, name,
+                    {"E": width, "BE": step, "BM": t.BM, "BN": t.BN, **plain, "SINKS": True}, **some,
+                )  # fmt: skip
             if width != 128:
                 continue
             yield Case(
@@ -166,10 +171,6 @@ def cases(full: bool, chip: int) -> Iterator[Case]:
                 {**sizes, **plain, "POSITIVE": True},
                 **some,
             )
-            yield Case(
-                f"row_logsumexp {name} {width}", directional._row_logsumexp, name,
-                {"E": width, "BE": step, "BM": t.BM, "BN": t.BN, **plain, "SINKS": True}, **some,
-            )  # fmt: skip
             yield Case(
                 f"dense {name} {width}", proximity._dense, name,
                 {**heads, "BJ": proximity.DENSE_SOURCES,
@@ -222,7 +223,7 @@ def compile_triton(case: Case, chip: int) -> Report:
     elif function.__name__.endswith("_inside"):
         own |= dict.fromkeys(("v", "w", "w_low"), "*fp16")
     if function.__name__ == "_best_logits":
-        own["keys"] = "*i64"
+        own |= {"keys": "*i64", "tiles": "i32"}
     if function.__name__ == "_deposit":
         own |= {"value": "*fp32", "source": "*i32", "head": "*i32", "edges": "*i64", "per_head": "*i64"}
     if function.__name__ == "_shares":
@@ -335,6 +336,7 @@ def innermost_loop(sass: str) -> Counter[str]:
 # (multiply-adds count two). 128 instructions of 32-bit arithmetic are issued per processor and clock.
 PROCESSORS, CLOCK, TENSOR_RATE = 132, 1.755e9, 790e12
 SHAPES = {  # heads, d_head, d_model, d_mlp, and parameters per layer
+    "smollm2-135m": (9, 64, 576, 1536, 3.54e6),
     "llama-3-8b": (32, 128, 4096, 14336, 218.1e6),
     "llama-3-70b": (64, 128, 8192, 28672, 855.6e6),
 }
@@ -344,7 +346,7 @@ SHAPES = {  # heads, d_head, d_model, d_mlp, and parameters per layer
 # without masks ask of it for a pair: q and both terms of W_O r for each block of sources, k and v for each
 # block of destinations and group of heads that shares them.
 L2_RATE = 5.5e12
-GROUP = {"llama-3-8b": 4, "llama-3-70b": 8}
+GROUP = {"smollm2-135m": 3, "llama-3-8b": 4, "llama-3-70b": 8}
 TILE_ROWS, TILE_SOURCES = 64, 128
 
 
@@ -357,14 +359,14 @@ def predict(reports: list[Report]) -> Iterator[str]:
     issue = PROCESSORS * 128 * CLOCK
     yield "milliseconds        T  tile pass  log-sum-exp   screen  neurons   flash   layer"
     for shape, (heads, width, d_model, d_mlp, parameters) in SHAPES.items():
-        for tokens in (2048, 4096, 8192):
+        for tokens in (512, 2048, 4096, 8192, *((10_000,) if shape == "llama-3-8b" else ())):
             pairs = heads * tokens * (tokens + 64) / 2
             traffic = 2 * width * (3 / TILE_SOURCES + 2 / TILE_ROWS / GROUP[shape])
             times = []
             for kernel, products, nbytes in (
-                ("tiles inside bf16 128", 3, traffic),
-                ("row_logsumexp bf16 128", 1, 0.0),
-                ("screen inside and kept bf16 128", 3, traffic),
+                (f"tiles inside bf16 {width}", 3, traffic),
+                (f"row_logsumexp bf16 {width}", 1, 0.0),
+                (f"screen inside and kept bf16 {width}", 3, traffic),
             ):
                 slots = pairs * per[kernel] / issue
                 multiplied = 2 * products * pairs * width / TENSOR_RATE
@@ -373,7 +375,7 @@ def predict(reports: list[Report]) -> Iterator[str]:
             flash = 2 * 2 * pairs * width / TENSOR_RATE
             layer = 2 * parameters * tokens / TENSOR_RATE + flash
             a, b, c, d, e, f = (1e3 * t for t in (*times, neurons, flash, layer))
-            yield f"{shape:12} {tokens:6} {a:10.2f} {b:12.2f} {c:8.2f} {d:8.2f} {e:7.2f} {f:7.2f}"
+            yield f"{shape:12} {tokens:6} {a:10.3f} {b:12.3f} {c:8.3f} {d:8.3f} {e:7.3f} {f:7.3f}"
 
 
 def main() -> None:
