@@ -7,6 +7,7 @@ integer nanoseconds until they are written, so that what lies within something e
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -75,7 +76,8 @@ def write(
 def defects(content: Any) -> Iterator[str]:
     """What the Trace Event format does not allow in a file like ours; nothing for a sound one.
 
-    Checked: the object's form, the fields and types of each event, and that complete events of a track nest.
+    Checked: the object's form, the fields and types of each event, that times are finite and rise within a
+    track, and that complete events of a track nest: layers on the outside, a layer never within another.
     """
     if not isinstance(content, dict) or not isinstance(content.get("traceEvents"), list):
         yield "the file is not an object with a list traceEvents"
@@ -83,15 +85,19 @@ def defects(content: Any) -> Iterator[str]:
     if content.get("displayTimeUnit") not in ("ms", "ns"):
         yield "displayTimeUnit is neither ms nor ns"
     tracks: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
+    latest: dict[tuple[int, int, str], float] = {}  # by process, thread and kind
     for number, event in enumerate(content["traceEvents"]):
         where = f"event {number}"
+        if not isinstance(event, dict):
+            yield f"{where} is not an object"
+            continue
         kind = event.get("ph")
         if kind not in ("M", "X", "C"):
             yield f"{where}: phase {kind!r}"
             continue
-        for key in ("pid", "tid"):
-            if not isinstance(event.get(key), int):
-                yield f"{where}: {key} is not an integer"
+        if not all(_is_integer(event.get(key)) for key in ("pid", "tid")):
+            yield f"{where}: pid or tid is not an integer"
+            continue
         if not isinstance(event.get("name"), str) or not isinstance(event.get("args"), dict):
             yield f"{where}: no name or no args"
             continue
@@ -100,16 +106,32 @@ def defects(content: Any) -> Iterator[str]:
                 yield f"{where}: metadata without a name"
             continue
         times = [event.get("ts"), *([event.get("dur")] if kind == "X" else [])]
-        if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and t >= 0 for t in times):
+        if not all(_is_number(t) and t >= 0 for t in times):
             yield f"{where}: ts or dur is not a number of microseconds"
-        elif kind == "X":
+            continue
+        track = (event["pid"], event["tid"], kind)
+        if event["ts"] < latest.get(track, 0.0):
+            yield f"{where}: it begins before the one that it follows"
+        latest[track] = event["ts"]
+        if kind == "X":
+            if not isinstance(event.get("cat"), str):
+                yield f"{where}: no category"
             begin = round(event["ts"] * 1000)
-            entry = (begin, begin + round(event["dur"] * 1000), event["name"])
+            said = f"{event.get('cat')} {event['name']}"
+            entry = (begin, begin + round(event["dur"] * 1000), said)
             tracks.setdefault((event["pid"], event["tid"]), []).append(entry)
-        elif not all(isinstance(v, (int, float)) for v in event["args"].values()):
+        elif not all(_is_number(v) for v in event["args"].values()):
             yield f"{where}: a counter that is no number"
-    for track in tracks.values():
-        yield from _crossings(track)
+    for complete in tracks.values():
+        yield from _crossings(complete)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _crossings(track: list[tuple[int, int, str]]) -> Iterator[str]:
@@ -120,6 +142,8 @@ def _crossings(track: list[tuple[int, int, str]]) -> Iterator[str]:
             open_.pop()
         if open_ and end > open_[-1][1]:
             yield f"{name} at {begin} ns ends after {open_[-1][2]}, in which it began"
+        if open_ and name.startswith("layer "):
+            yield f"{name} at {begin} ns lies within {open_[-1][2]}"
         open_.append((begin, end, name))
 
 

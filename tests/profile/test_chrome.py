@@ -69,13 +69,52 @@ def _unknown(events: list[dict[str, Any]]) -> None:
     events[-1]["ph"] = "Q"
 
 
-@pytest.mark.parametrize("spoil", [_overlap, _negative, _nameless, _text, _unknown])
+def _infinite(events: list[dict[str, Any]]) -> None:
+    next(event for event in events if event["ph"] == "X")["dur"] = float("inf")
+
+
+def _truth(events: list[dict[str, Any]]) -> None:
+    events[-1]["tid"] = True
+
+
+def _backwards(events: list[dict[str, Any]]) -> None:
+    complete = [number for number, event in enumerate(events) if event["ph"] == "X"]
+    events[complete[1]], events[complete[-1]] = events[complete[-1]], events[complete[1]]
+
+
+def _layer_in_a_layer(events: list[dict[str, Any]]) -> None:
+    at = next(number for number, event in enumerate(events) if event.get("cat") == "layer")
+    events.insert(at + 1, {**events[at], "dur": events[at]["dur"] / 2})
+
+
+def _no_object(events: list[dict[str, Any]]) -> None:
+    events.append("end")  # type: ignore[arg-type] # what is wrong with it
+
+
+SPOILT = [_overlap, _negative, _nameless, _text, _unknown, _infinite, _truth, _backwards, _layer_in_a_layer,
+          _no_object]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_the_check_finds_what_is_unsound(
     content: dict[str, Any], spoil: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     spoilt = copy.deepcopy(content)
     spoil(spoilt["traceEvents"])
     assert list(chrome.defects(spoilt))
+
+
+def test_every_phase_of_a_layer_lies_within_it(content: dict[str, Any]) -> None:
+    """By the events' own times, as a viewer nests them; phases of the whole pass lie outside all layers."""
+    complete = [event for event in content["traceEvents"] if event["ph"] == "X"]
+    spans = [(event["ts"], event["ts"] + event["dur"], event["cat"], event["name"]) for event in complete]
+    layers = [span for span in spans if span[2] == "layer"]
+    assert {span[3] for span in layers} == {"layer 0", "layer 1", "layer 2"}
+    for begin, end, _, name in spans:
+        if name in ("forward", "closure"):
+            assert any(first <= begin and end <= last + 1e-3 for first, last, *_ in layers), name
+        elif name in ("prompt", "dry run", "lens"):
+            assert all(end <= first + 1e-3 or begin >= last - 1e-3 for first, last, *_ in layers), name
 
 
 def test_no_trace_file_at_all() -> None:

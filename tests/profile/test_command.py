@@ -42,7 +42,7 @@ def test_profile(folder: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert code == 0
     assert "forward" in out
     assert "named" in out
-    assert list(chrome.defects(json.loads(Path(trace).read_text()))) == []
+    assert list(chrome.defects(json.loads(Path(trace).read_text(), parse_constant=pytest.fail))) == []
     content = json.loads(Path(report).read_text())
     assert content["schema"] == "lmtt.profile/1"
     assert content["seconds"]["named"] >= 0.97 * content["seconds"]["wall"]
