@@ -105,7 +105,7 @@ def defects(content: Any) -> Iterator[str]:
             if not isinstance(event["args"].get("name"), str):
                 yield f"{where}: metadata without a name"
             continue
-        times = [event.get("ts"), *([event.get("dur")] if kind == "X" else [])]
+        times: list[Any] = [event.get("ts"), *([event.get("dur")] if kind == "X" else [])]
         if not all(_is_number(t) and t >= 0 for t in times):
             yield f"{where}: ts or dur is not a number of microseconds"
             continue
