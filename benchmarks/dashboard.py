@@ -276,31 +276,35 @@ class Traffic:
     """What a page sent by websocket, message by message, and how many bytes came to it, as transferred."""
 
     sent: list[int] = field(default_factory=list)
-    scripts: int = 0  # Panel's, Bokeh's and their extensions' scripts and styles, which never change
-    own: int = 0  # everything else: our page with the store in it, and messages
+    # Bytes by when they came, in seconds of the clock on the wall.
+    scripts: list[tuple[float, int]] = field(default_factory=list)  # Panel's and Bokeh's, which never change
+    own: list[tuple[float, int]] = field(default_factory=list)  # our page with the store in it, and messages
 
     def watch(self, page: Page) -> None:
         """Count from now on. Heads of answers, a few hundred bytes each, are not counted."""
         addresses: dict[str, str] = {}
+        clock = 0.0  # from the browser's own clock to the one on the wall
+
+        def asked(event: dict[str, Any]) -> None:
+            nonlocal clock
+            addresses[event["requestId"]] = event["request"]["url"]
+            clock = event["wallTime"] - event["timestamp"]
 
         def arrived(event: dict[str, Any]) -> None:
             path = urlsplit(addresses.get(event["requestId"], "")).path
             # The length as transferred is left at nothing for what comes in pieces that are not compressed.
             count = event["encodedDataLength"] or event["dataLength"]
-            if path in ("", "/"):
-                self.own += count
-            else:
-                self.scripts += count
+            kind = self.own if path in ("", "/") else self.scripts
+            kind.append((event["timestamp"] + clock, count))
 
         def message(event: dict[str, Any]) -> None:
             frame = event["response"]
             text = frame["payloadData"]
-            self.own += len(text.encode()) if frame["opcode"] == 1 else len(text) * 3 // 4  # in base64
+            size = len(text.encode()) if frame["opcode"] == 1 else len(text) * 3 // 4  # in base64
+            self.own.append((event["timestamp"] + clock, size))
 
         network = page.context.new_cdp_session(page)
-        network.on(
-            "Network.requestWillBeSent", lambda e: addresses.update({e["requestId"]: e["request"]["url"]})
-        )
+        network.on("Network.requestWillBeSent", asked)
         network.on("Network.dataReceived", arrived)
         network.on("Network.webSocketFrameReceived", message)
         network.on(
@@ -309,26 +313,40 @@ class Traffic:
         network.send("Network.enable")
 
 
-def opened(browser: Browser, address: str) -> tuple[Page, Traffic, dict[str, float]]:
-    """A page on the dashboard, what it sends and gets, and figures of its load.
+def opened(browser: Browser, address: str) -> Page:
+    """A page on the dashboard whose session answers."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    _go(page, address)
+    return page
 
-    It is loaded where its graph is drawn and can be used; it is complete where its session answers.
+
+def loaded(browser: Browser, address: str) -> tuple[Page, Traffic, dict[str, float]]:
+    """Likewise, what it sends and gets, and figures of its load: to watch the network takes time by itself.
+
+    It is loaded where its graph is drawn and can be used, by the page's own clock from when it was asked for;
+    it is complete where its session answers.
     """
     page, traffic = browser.new_page(viewport={"width": 1280, "height": 900}), Traffic()
     traffic.watch(page)
-    start = time.perf_counter()
+    _go(page, address)
+    began, took = page.evaluate(
+        "[performance.timeOrigin, performance.getEntriesByName('lmtt drawn')[0].startTime]"
+    )
+    drawn = (began + took) / 1e3
+    received = [*traffic.own, *traffic.scripts]
+    figures = {
+        "served load, s": took / 1e3,
+        "received until then, MB": sum(size for when, size in received if when <= drawn) / 1e6,
+        "complete: own, MB": sum(size for _, size in traffic.own) / 1e6,
+        "complete: Panel and Bokeh, MB": sum(size for _, size in traffic.scripts) / 1e6,
+    }
+    return page, traffic, figures
+
+
+def _go(page: Page, address: str) -> None:
     page.goto(address, wait_until="commit")  # the document ends long after its graph can be used
-    page.wait_for_selector(".rv-canvas")
-    page.evaluate(TWO_FRAMES)
-    took = time.perf_counter() - start
-    first = (traffic.own + traffic.scripts) / 1e6
     page.wait_for_selector("[data-ready][data-session] .rv-canvas")  # the session behind it
     page.wait_for_timeout(1500)
-    figures = {
-        "served load, s": took, "received until then, MB": first,
-        "complete: own, MB": traffic.own / 1e6, "complete: Panel and Bokeh, MB": traffic.scripts / 1e6,
-    }  # fmt: skip
-    return page, traffic, figures
 
 
 def click(page: Page, picked: dict[str, Any], text: str) -> float:
@@ -348,7 +366,7 @@ def click(page: Page, picked: dict[str, Any], text: str) -> float:
       for (let n = 0; !shown.some((h) => h.textContent.includes(text)); n++) {
         await frame();
         if (performance.now() - t > 60_000) throw new Error(`no details of ${text}`);
-        if (n % 5 === 4 || !shown.some((h) => h.isConnected)) shown = titles();
+        if (n % 5 === 4 || shown.some((h) => !h.isConnected)) shown = titles();
       }
       await frame();
       return performance.now() - t;
@@ -373,7 +391,7 @@ def served(browser: Browser, moves: int) -> dict[str, dict[str, float]]:
     with serving(Models([], lambda name: None), Trace(made_up(1024, 80, 4))) as address:
         loads = []
         for n in range(LOADS):
-            page, traffic, figures = opened(browser, address)
+            page, traffic, figures = loaded(browser, address)
             loads.append(figures)
             if n < LOADS - 1:
                 page.close()
@@ -390,7 +408,7 @@ def served(browser: Browser, moves: int) -> dict[str, dict[str, float]]:
     trace = Trace(replace(data, resid_pre=np.zeros((1, 1, 1), np.float32)), Prepared(256, 32))  # type: ignore[arg-type]
     rows = np.flatnonzero((data.edges.destination > 200) & (data.edges.source != data.edges.destination))
     with serving(Models([], lambda name: None), trace) as address:
-        page, _, _ = opened(browser, address)
+        page = opened(browser, address)
         times = []
         for row in rows[: FIRST + moves].tolist():
             times.append(click(page, *attention_pick(trace, row)))
@@ -407,7 +425,7 @@ def during_a_run(browser: Browser) -> dict[str, dict[str, float]]:
     models = Models(["endless"], lambda name: Endless())  # type: ignore[arg-type,return-value]
     models.put("endless", Endless())  # type: ignore[arg-type]
     with serving(models, Trace(random_trace(4, tokens=14))) as address:
-        busy, other = opened(browser, address)[0], opened(browser, address)[0]
+        busy, other = opened(browser, address), opened(browser, address)
 
         def clicks(first: int, count: int) -> list[float]:
             found = []
