@@ -4,7 +4,9 @@
 
 1. This machine's ceilings are measured anew.
 2. Every group of the grid (a model, dtype and memory limit) is loaded in a process of its own, which profiles
-   a prompt of each length; files are dropped from the page cache before a run that reads its weights.
+   a prompt of each length; files are dropped from the page cache before a run that reads its weights. A
+   shared machine is faster now and slower then: every pass stands between two bursts of multiply-adds, and
+   its seconds are what they would have been at the ceiling's rate (`pace` has the rate over the ceiling's).
 3. Every second cell is fitted: share and extra seconds of each phase (`lmtt.profile.predict.Efficiency`).
 4. `lmtt.profile.predict` predicts all cells from their configs, as `lmtt plan` does. The seconds of those
    that nothing was fitted on must be within a quarter of the measured ones. Exit status 1 if one is not.
@@ -28,9 +30,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import llama_file
@@ -47,6 +49,7 @@ ALLOWED = 0.25  # of the measured seconds
 TRIES, ENOUGH = 5, 2.5  # passes of a cell, of which the median counts: so many, or so many seconds of them
 # Limits are over what a config needs: in a file tensors begin where they begin, and take up to a page more.
 LEAST = 1.05
+BURST = 20_000_000  # rounds of multiply-adds: long enough for threads to be on processors of their own
 NOTHING = 1e9  # the share of a resource that a phase spends no time on
 PROCESS_LIMIT = 600  # seconds
 SECONDS = 330  # for all measurements
@@ -82,6 +85,7 @@ class Cell:
     seconds: dict[str, float]  # by phase
     survivors: tuple[float, float]  # of a layer: pairs, neurons
     reading: float  # seconds that the reading thread was busy
+    pace: float  # of the machine meanwhile, over its ceiling; seconds are times it
     planned: Planned
 
     @property
@@ -111,7 +115,7 @@ def grid(quick: bool) -> list[Group]:
     groups = [
         Group(DEMO, "float32", None, (64, 128, 256, 512, 1024, 2048, 4096)),
         Group(DEMO, "bfloat16", None, (64, 128, 256)),
-        Group(DEMO, "float32", 3.0, (128, 256, 512, 1024)),
+        Group(DEMO, "float32", 1.5, (128, 256, 512, 1024)),
     ]
     for model in LLAMAS:
         groups += [
@@ -131,6 +135,7 @@ def measure(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import torch
 
     import lmtt
+    from lmtt import _C
     from lmtt.profile.ceilings import Ceilings
     from lmtt.profile.command import prompt_ids
     from lmtt.profile.report import measure as profiled
@@ -141,6 +146,12 @@ def measure(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     engine = lmtt.load(request["name"], device="cpu", dtype=group.dtype, memory=request["memory"])
     if engine.resident != (group.times is None):
         raise SystemExit(f"{group.name}: the weights {'stay' if engine.resident else 'are read'}")
+
+    def rate() -> float:
+        start = time.perf_counter()
+        done = float(_C.multiply_adds(BURST, request["threads"])[0])
+        return done / (time.perf_counter() - start) / ceilings.lanes
+
     # Discovered and proved, and everything imported: what is timed is any later prompt.
     engine.trace(input_ids=list(range(5, 21))).route(-1, 0.04)
     started, before = time.perf_counter(), (0, 0.0)
@@ -150,26 +161,35 @@ def measure(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if time.perf_counter() - started + expected > request["left"]:
                 return
         ids = prompt_ids(engine, None, tokens)
-        profiles, begun = [], time.perf_counter()
+        profiles, rates, begun = [], [rate()], time.perf_counter()
         while len(profiles) < TRIES and (not profiles or time.perf_counter() - begun < ENOUGH):
             if not engine.resident:
                 llama_file.drop(*request["files"])
             profiles.append(profiled(engine, ceilings, lambda: engine.trace(input_ids=ids)))  # noqa: B023
+            rates.append(rate())
+        paces = [mean(pair) for pair in pairwise(rates)]
         layers, last = engine.info.n_layers, profiles[-1]
         before = tokens, last.wall
         phases = {p.name for profile in profiles for p in profile.phases}
         yield {
             "tokens": tokens,
             "tries": len(profiles),
-            "wall": median(profile.wall for profile in profiles),
+            "pace": median(paces),
+            "wall": at_pace(paces, [profile.wall for profile in profiles]),
             "seconds": {
-                phase: median(profile.seconds().get(phase, 0.0) for profile in profiles) for phase in phases
+                phase: at_pace(paces, [profile.seconds().get(phase, 0.0) for profile in profiles])
+                for phase in phases
             },
             "survivors": [
                 last.screening["pairs_evaluated"] / layers, last.screening["neurons_evaluated"] / layers
             ],
             "reading": median(profile.overlap.get("reading_seconds", 0.0) for profile in profiles),
         }  # fmt: skip
+
+
+def at_pace(paces: Sequence[float], seconds: Sequence[float]) -> float:
+    """The median of what passes would have taken at the ceiling's rate."""
+    return median(pace * one for pace, one in zip(paces, seconds, strict=True))
 
 
 # --- the fit ----------------------------------------------------------------------------------------------
@@ -252,6 +272,7 @@ def judge(cells: Sequence[Cell], ceilings: Ceilings) -> tuple[list[dict[str, Any
                 "predicted": {name: one.seconds for name, one in prediction.phases.items()},
                 "measured": cell.seconds,
                 "survivors": cell.survivors,
+                "pace": cell.pace,
             }
         )
     return rows, efficiency
@@ -336,7 +357,7 @@ def run(group: Group, folder: Path, threads: int, ceilings: Ceilings, left: floa
         planned = plan_run(name, one["tokens"], memory=limit, device="cpu", dtype=group.dtype)
         cells.append(
             Cell(group, one["tokens"], one["wall"], one["seconds"], tuple(one["survivors"]), one["reading"],
-                 planned)
+                 one["pace"], planned)
         )  # fmt: skip
     return cells, failed
 

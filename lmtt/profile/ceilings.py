@@ -243,7 +243,8 @@ def _lanes(seconds: float) -> float | None:
     import torch
 
     threads = torch.get_num_threads()
-    return best_rate(lambda: float(_C.multiply_adds(200_000, threads)[0]), seconds)
+    # Long enough for a thread that begins on another's processor to be moved: short bursts showed one's rate.
+    return best_rate(lambda: float(_C.multiply_adds(10_000_000, threads)[0]), seconds)
 
 
 def _bus(device: Any, seconds: float) -> float:

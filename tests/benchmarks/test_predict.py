@@ -48,7 +48,7 @@ def cells(request: pytest.FixtureRequest, machine: Ceilings) -> list[Any]:
         said = predict(dims, machine, [T], plan, weights, first=False, efficiency=TRUE)
         seconds = {name: one.seconds for name, one in said.phases.items()}
         planned = Planned("tiny", T, 1 << 40, "", dims, weights, plan, machine, said)
-        found.append(benchmark.Cell(group, T, said.seconds, seconds, (0.0, 0.0), said.reading, planned))
+        found.append(benchmark.Cell(group, T, said.seconds, seconds, (0.0, 0.0), said.reading, 1.0, planned))
     return found
 
 
@@ -149,3 +149,9 @@ def test_the_scaling_page() -> None:
     refused = scaling.case("small", *scaling.sizes(small), scaling.data_sheet("H100"), 10_000_000)
     assert refused.plan is None
     assert "needs" in scaling.page([refused], None)
+
+
+def test_seconds_of_a_slow_moment_are_judged_at_the_ceilings_pace() -> None:
+    import predict as benchmark
+
+    assert benchmark.at_pace([1.0, 0.5, 0.8], [2.0, 4.0, 2.5]) == pytest.approx(2.0)
