@@ -19,6 +19,10 @@ from lmtt.errors import InputError
 WINDOW = 60.0  # seconds for which a wrong password counts
 TRIES = 5  # wrong ones within it from one address
 TRIES_OF_ALL = 60  # and from everywhere: whoever guesses may have many addresses
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
 PROVIDERS = ("auth0", "azure", "azurev2", "bitbucket", "generic", "github", "gitlab", "google", "okta")
 CLAIMS = ("login", "preferred_username", "username")  # by which providers name people, beside their e-mail
 
@@ -148,6 +152,13 @@ def _password_provider(password: str) -> Any:
 
     class Login(BasicLoginHandler):  # type: ignore[misc] # panel ships no types
         """The page that asks for the password."""
+
+        def set_default_headers(self) -> None:
+            """It has one style, and one form that goes back to where it came from."""
+            super().set_default_headers()
+            self.set_header("Content-Security-Policy", POLICY)
+            self.set_header("X-Content-Type-Options", "nosniff")
+            self.set_header("Referrer-Policy", "no-referrer")
 
         def _validate(self, _username: str, given: str) -> bool:
             right = hmac.compare_digest(given.encode("utf-8", "replace"), password.encode("utf-8", "replace"))

@@ -15,6 +15,7 @@ import re
 import socket
 import sys
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 SHORTEST_PASSWORD = 8
-SWITCH = (
-    0.001  # seconds until a run's thread lets others at the interpreter; Python's own 0.005 add up in a click
-)
+SWITCH = 0.001  # seconds until a run lets others at the interpreter; Python's own 0.005 add up in a click
 LOST = "The server does not answer. The graph still follows your hand; clicks are answered when it is back."
 
 
@@ -181,10 +180,13 @@ def _shared(settings: Settings, worker: Worker) -> Server:
     from lmtt.viz.models import DEMO, Models
     from lmtt.viz.state import Policy, Server
 
+    real: dict[str, str] = {}  # of names that are shown
+
     def load(name: str | None) -> Any:
         import lmtt
 
-        return lmtt.load(name, device=settings.device, dtype=settings.dtype)
+        where = name if name is None else real.get(name, name)
+        return lmtt.load(where, device=settings.device, dtype=settings.dtype)
 
     first = None
     names = [DEMO if name == "demo" else name for name in settings.models]
@@ -194,8 +196,10 @@ def _shared(settings: Settings, worker: Worker) -> Server:
         first = Trace(read_run(settings.target))
     else:
         names.insert(0, DEMO if settings.target is None else settings.target)
-    models = Models(names, load)
-    for name in names[:1]:
+    if not settings.private:
+        real = shown_names(names)
+    models = Models(list(real) or names, load)
+    for name in models.names[:1]:
         # Loaded before anybody connects: a model that cannot be loaded ends the command with one line.
         worker.ask(partial(models.get, name)).result()
     if first is not None:
@@ -207,6 +211,17 @@ def _shared(settings: Settings, worker: Worker) -> Server:
             )
     policy = Policy(settings.private, settings.max_tokens, settings.max_waiting)
     return Server(models, worker, policy, first)
+
+
+def shown_names(names: Sequence[str]) -> dict[str, str]:
+    """Models by names that tell other machines no path of this one: of files and folders the last part."""
+    shown: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        path = Path(name)
+        own = path.resolve().name if path.exists() else name
+        taken = sum(other == own or other.startswith(f"{own} (") for other in shown)
+        shown[f"{own} ({taken + 1})" if taken else own] = name
+    return shown
 
 
 def is_run(target: str) -> bool:

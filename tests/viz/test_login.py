@@ -120,6 +120,8 @@ def no_models():
 def test_the_server_stops_who_guesses(serving):
     address = serving(no_models(), password="correct horse")
     assert answer(address)[:1] == (302,)
+    policy = answer(f"{address}login")[1]["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; "), "the page that asks runs no script"
     for _ in range(TRIES):
         status, headers, _ = answer(f"{address}login", {"username": "reader", "password": "wrong horse"})
         assert status == 302

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from lmtt.errors import InputError, LmttError, RunError
 from lmtt.graph.routes import RouteGraph, reveal
 from lmtt.graph.testing import random_trace
 from lmtt.trace import Trace
-from lmtt.viz.serve import Settings, is_run
+from lmtt.viz.serve import Settings, _shared, is_run, shown_names
 from lmtt.viz.store import pack, page_floor
 
 pn = pytest.importorskip("panel", reason="panel is not installed")
@@ -27,7 +28,7 @@ from lmtt.viz import panes, views  # noqa: E402
 from lmtt.viz.app import Dashboard  # noqa: E402 - after the check for panel
 from lmtt.viz.jobs import Worker  # noqa: E402
 from lmtt.viz.login import OAuth  # noqa: E402
-from lmtt.viz.models import Models  # noqa: E402
+from lmtt.viz.models import DEMO, Models  # noqa: E402
 from lmtt.viz.state import (  # noqa: E402
     UNSAID,
     Asked,
@@ -130,6 +131,32 @@ def test_behind_a_proxy_nobody_names_files():
     assert not Settings(origins=("lab.example",)).private
     assert not Settings(host="0.0.0.0", origins=("localhost:5006",)).private
     assert Settings(origins=("Lab.example:80",)).hosts == {"localhost", "127.0.0.1", "[::1]", "lab.example"}
+
+
+def test_other_machines_are_told_no_path_of_a_model(tmp_path, monkeypatch):
+    first, second = tmp_path / "a" / "tiny", tmp_path / "b" / "tiny"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+    names = [DEMO, str(first), "org/model", str(second), str(first)]
+    shown = shown_names(names)
+    assert shown == {
+        DEMO: DEMO, "tiny": str(first), "org/model": "org/model", "tiny (2)": str(second)
+    }  # fmt: skip
+    monkeypatch.chdir(first)
+    assert shown_names(["."]) == {"tiny": "."}
+
+    loaded = []
+    monkeypatch.setattr("lmtt.load", lambda name, **_: loaded.append(name) or SimpleNamespace())
+    worker = Worker()
+    open_ = Settings(target=str(first), models=("demo",), host="0.0.0.0", password="x" * 8, origins=("a:1",))
+    try:
+        models = _shared(open_, worker).models
+        models.get(DEMO)
+        assert _shared(Settings(target=str(first)), worker).models.names == (str(first),)
+    finally:
+        worker.close()
+    assert models.names == ("tiny", DEMO)
+    assert loaded == [str(first), None, str(first)]
 
 
 def test_a_run_is_told_from_a_model(tmp_path):
