@@ -21,7 +21,7 @@ from lmtt.viz import tables, theme, views
 from lmtt.viz.component import RouteView
 from lmtt.viz.details import Details
 from lmtt.viz.jobs import CancelledError, Run
-from lmtt.viz.panes import WIDE, fill, html
+from lmtt.viz.panes import FILLING, WIDE, fill, html
 from lmtt.viz.state import Asked, Server, Shown, State, read_upload, saved
 
 WAIT = "One moment …"
@@ -196,7 +196,7 @@ class Dashboard:
         self.per = pmui.RadioButtonGroup(
             options=["the route", "the start alone"], value="the route", size="small", sx=_CHOICE
         )
-        self.bodies = {name: pn.Column(name=name, **WIDE) for name in TABS[1:]}
+        self.bodies = {name: pn.Column(name=name, stylesheets=[FILLING], **WIDE) for name in TABS[1:]}
         self.files = self._downloads()
         columns: dict[str, Any] = {
             "Details": self.details.pane,

@@ -21,7 +21,7 @@ from lmtt.trace import Site, Trace
 from lmtt.viz import tables
 from lmtt.viz.edge_view import NO_MODEL, EdgeView
 from lmtt.viz.markup import safe
-from lmtt.viz.panes import WIDE, Ask, html
+from lmtt.viz.panes import FILLING, WIDE, Ask, html
 from lmtt.viz.token_view import TokenView
 from lmtt.viz.views import parts_as_one
 
@@ -46,7 +46,7 @@ class Details:
         self._ask = ask
         self._latest = 0
         self._made: dict[type, tuple[Trace, bool, Any]] = {}  # views of this run and theme
-        self.pane = pn.Column(name="details", **WIDE)
+        self.pane = pn.Column(name="details", stylesheets=[FILLING], **WIDE)
         self.pane[:] = [html(tables.sentence(NOTHING))]
 
     async def show(self, trace: Trace | None, picked: dict[str, Any], dark: bool) -> None:

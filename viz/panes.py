@@ -13,6 +13,8 @@ from lmtt.viz.script import source
 T = TypeVar("T")
 Ask = Callable[[Callable[[], T]], Awaitable[T]]  # the answer of the worker's thread
 WIDE = {"sizing_mode": "stretch_width"}
+# Panel lays half a white sheet over what is being filled, also over a dark page.
+FILLING = ":host(.pn-loading):after { background-color: rgba(127, 127, 127, 0.12) !important; }"
 
 
 def html(text: str = "") -> Any:

@@ -159,7 +159,7 @@ async def heads(trace: Trace, position: int, threshold: float, per: str, dark: b
 def output(generation: Generation | None, dark: bool, html: Html, pick: Pick) -> list[Any]:
     """Generated tokens × what each rests on; a click traces that token."""
     if generation is None:
-        return [html(tables.sentence("This run generated nothing. Ask for output tokens below the prompt."))]
+        return [html(tables.sentence("This run generated nothing. Options, below the prompt, has how many tokens to generate."))]
     P, trace = generation.prompt, generation.trace
     labels = [token_label(token, 12) for token in trace.tokens]
     shares = generation.shares
