@@ -159,7 +159,8 @@ async def heads(trace: Trace, position: int, threshold: float, per: str, dark: b
 def output(generation: Generation | None, dark: bool, html: Html, pick: Pick) -> list[Any]:
     """Generated tokens × what each rests on; a click traces that token."""
     if generation is None:
-        return [html(tables.sentence("This run generated nothing. Options, below the prompt, has how many tokens to generate."))]
+        said = "This run generated nothing. How many tokens it should is among the options below the prompt."
+        return [html(tables.sentence(said))]
     P, trace = generation.prompt, generation.trace
     labels = [token_label(token, 12) for token in trace.tokens]
     shares = generation.shares
