@@ -367,7 +367,8 @@ def write_efficiency(efficiency: Efficiency, about: str) -> None:
     before = EFFICIENCY.read_text().split("FITTED_ON")[0]
 
     def listed(values: Any) -> str:
-        return "".join(f'    "{name}": {float(f"{value:.4g}")!r},\n' for name, value in sorted(values.items()))
+        short = ((name, float(f"{value:.4g}")) for name, value in sorted(values.items()))
+        return "".join(f'    "{name}": {value!r},\n' for name, value in short)
 
     EFFICIENCY.write_text(
         f'{before}FITTED_ON = "{about}"\nSHARE: dict[str, float] = {{\n{listed(efficiency.share)}}}\n'
