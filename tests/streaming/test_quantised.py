@@ -18,7 +18,7 @@ from lmtt.checkpoint.load import quiet_transformers
 from lmtt.errors import CheckpointError
 from lmtt.run.layout import pack
 from lmtt.streaming.weights import StreamedWeights
-from lmtt.testing_quantised import SCHEMES, write_checkpoint
+from lmtt.testing_quantised import SCHEMES, SIZES, write_checkpoint
 
 IDS = [5, 80, 3, 41, 17, 9, 66]
 NAMES = [*SCHEMES, "MXFP4"]
@@ -98,19 +98,26 @@ def assert_same_model(engine: Any, want: Any, relative: float) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.usefixtures("quiet")
-def test_what_transformers_quantises_with_bitsandbytes(kind: str, written: Any, tmp_path: Path) -> None:
-    """A checkpoint that it wrote; its own dequantised model rounds differently in the last bit."""
+def test_what_transformers_quantises_with_bitsandbytes(kind: str, tmp_path: Path) -> None:
+    """A checkpoint that it wrote; its own dequantised model rounds differently in the last bit.
+
+    Rows are whole blocks of 64: of others bitsandbytes 0.50 dequantises the 4-bit ones wrongly itself, on
+    processors with AVX-512 (off by more than the weights' own size; not what it stored).
+    """
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     options: dict[str, Any] = {"load_in_8bit": True}
     if kind != "int8":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": True}
-    _, plain = written("LLM.int8")
+    torch.manual_seed(0)
+    sizes = SIZES | {"intermediate_size": 128}
+    plain, quantised = tmp_path / "plain", tmp_path / "quantised"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(plain)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         plain, dtype=torch.float32, quantization_config=transformers.BitsAndBytesConfig(**options)
     )
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" in (tmp_path / "config.json").read_text()
-    assert_same_model(lmtt.load(str(tmp_path)), model.dequantize(torch.float32), 3e-7)
+    model.save_pretrained(quantised)
+    assert "quantization_config" in (quantised / "config.json").read_text()
+    assert_same_model(lmtt.load(str(quantised)), model.dequantize(torch.float32), 3e-7)
 
 
 @pytest.mark.parametrize(
