@@ -5,23 +5,24 @@ the disks measured direct requests of some MiB are up to twice as fast as buffer
 memory and file offset to be congruent modulo a page; ragged ends go through the cache, and so does what
 lies there already.
 
-Asking whether it lies there must not bring it there. The kernel answers a page that is missing by reading it, and
-as many after it as it thinks will be wanted, so that the next question would be answered by yes, and the whole
-file pass through the cache: with memory to be found for it, while the model computes. So it is asked through a
-descriptor that is declared to be read at random, which brings the one page, and for other pages each time.
+Asking whether it lies there must not bring it there, as reading without waiting does: the kernel answers a
+page that is missing by reading ahead, the next question is answered by yes, and the whole file passes through
+the cache, which has to find memory for it while the model computes. mincore only looks.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
-import random
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from lmtt.errors import CheckpointError
 
 PAGE = 4096  # what direct reads are aligned to; covers disks with sectors of 512 and 4096 bytes
-PAGES_ASKED = 3  # of a request's: the more, the less likely all are left from being asked for before
 REQUEST = 8 << 20  # bytes a read asks for: large enough for full speed, small enough to be interrupted
 
 
@@ -33,7 +34,8 @@ class WeightFile:
 
     def __init__(self, path: Path, *, direct: bool = False) -> None:
         self.path = path
-        self._direct = self._single = -1
+        self._direct = -1
+        self._pages: _CachedPages | None = None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -42,10 +44,9 @@ class WeightFile:
         if direct and hasattr(os, "O_DIRECT"):
             try:
                 self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-                self._single = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                os.posix_fadvise(self._single, 0, 0, os.POSIX_FADV_RANDOM)
+                self._pages = _CachedPages(self._fd) if self.size and _may_look(self._fd, path) else None
             except OSError:
-                self._close_direct()  # tmpfs and some network file systems
+                pass  # tmpfs and some network file systems
         self.is_direct = self._direct >= 0
 
     def read_into(self, raw: memoryview, offset: int, what: str = "") -> None:
@@ -77,40 +78,51 @@ class WeightFile:
             return self._fd, min(left, REQUEST)
         ragged = -offset % PAGE
         if ragged:
-            return self._single, min(left, ragged)
+            return self._fd, min(left, ragged)
         whole = min(left, REQUEST) // PAGE * PAGE
         address = ctypes.addressof(ctypes.c_char.from_buffer(raw)) + done
-        if whole == 0:
-            return self._single, left
-        if address % PAGE or self._is_cached(raw[done : done + whole], offset):
+        cached = self._pages is not None and self._pages.hold(offset, whole)
+        if whole == 0 or address % PAGE or cached:
             return self._fd, min(left, REQUEST)
         return self._direct, whole
 
-    def _is_cached(self, pages: memoryview, offset: int) -> bool:
-        """Whether some of these pages, all that were drawn, can be had without the disk; they are then in place."""
-        for _ in range(PAGES_ASKED):
-            at = random.randrange(len(pages) // PAGE) * PAGE
-            try:
-                got = os.preadv(self._single, [pages[at : at + PAGE]], offset + at, os.RWF_NOWAIT)
-            except OSError:  # EAGAIN: it is not there; others: the kernel or file system cannot say
-                return False
-            if got != PAGE:
-                return False
-        return True
-
     def close(self) -> None:
         """Close it; may be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
-        self._close_direct()
-        self.is_direct = False
-
-    def _close_direct(self) -> None:
-        for fd in (self._direct, self._single):
+        for fd in (self._fd, self._direct):
             if fd >= 0:
                 os.close(fd)
-        self._direct = self._single = -1
+        if self._pages is not None:
+            self._pages.close()
+        self._fd = self._direct = -1
+        self._pages = None
+        self.is_direct = False
+
+
+class _CachedPages:
+    """Which pages of a file lie in the page cache. It is mapped for that, and never touched through it."""
+
+    def __init__(self, fd: int) -> None:
+        self._mincore = ctypes.CDLL(None, use_errno=True).mincore
+        self._mapped = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._bytes: np.ndarray[Any, Any] | None = np.frombuffer(self._mapped, np.uint8)
+
+    def hold(self, offset: int, size: int) -> bool:
+        """Whether all pages of a part are there. False also where it begins within a page or is empty."""
+        if self._bytes is None or offset % PAGE or not 0 < size <= len(self._bytes) - offset:
+            return False
+        found = np.zeros(-(-size // PAGE), np.uint8)
+        start, length = ctypes.c_void_p(self._bytes.ctypes.data + offset), ctypes.c_size_t(size)
+        failed = self._mincore(start, length, ctypes.c_void_p(found.ctypes.data))
+        return not failed and bool((found & 1).all())
+
+    def close(self) -> None:
+        self._bytes = None
+        self._mapped.close()
+
+
+def _may_look(fd: int, path: Path) -> bool:
+    """Whether the kernel says what of the file is cached: of files of others it calls every page cached."""
+    return os.fstat(fd).st_uid == os.geteuid() or os.geteuid() == 0 or os.access(path, os.W_OK)
 
 
 def _of(what: str) -> str:

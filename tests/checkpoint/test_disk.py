@@ -63,12 +63,12 @@ def read(path: Path, offset: int, size: int) -> np.ndarray:
 def test_what_is_read_again_and_again_does_not_fill_the_cache(
     stored: tuple[Path, np.ndarray], offset: int
 ) -> None:
-    """Each pass leaves the page it asked about in the cache, and no pass may take that for the whole file."""
+    """Whether a page is cached is asked without bringing it there: no pass takes the next one for cached."""
     path, content = stored
     for number in range(1, 4):
         assert np.array_equal(read(path, offset, len(content) - offset), content[offset:])
-        # a page asked about in each request, and the ragged ones at both ends, with what the disk's block brings
-        assert resident_pages(path) <= number * (REQUESTS + 1) * 8 + 64, f"after {number} passes"
+        # the ragged ends, with what the system reads ahead of them
+        assert resident_pages(path) <= 128, f"after {number} passes"
 
 
 def test_what_lies_in_the_cache_is_taken_from_there(
@@ -80,4 +80,5 @@ def test_what_lies_in_the_cache_is_taken_from_there(
     monkeypatch.setattr(file, "_direct", 1 << 20)  # no such descriptor: a direct read would fail
     room = mmap.mmap(-1, REQUESTS * REQUEST)
     file.read_into(memoryview(room), 0)
-    assert file.is_direct and np.array_equal(np.frombuffer(room, np.uint8), content[: len(room)])
+    assert file.is_direct
+    assert np.array_equal(np.frombuffer(room, np.uint8), content[: len(room)])
