@@ -9,6 +9,7 @@
 
 #include "core/attention.h"
 #include "core/dequant.h"
+#include "core/few_rows.h"
 #include "core/neurons.h"
 #include "core/transpose.h"
 
@@ -283,6 +284,17 @@ void transpose(const py::kwargs& kwargs) {
   lmtt::transpose(from, shape[0], shape[1], to, threads);
 }
 
+// out [n, M] = rows [n, K] stored^T, stored [M, K].
+void multiply_few_rows(const py::kwargs& kwargs) {
+  const Arguments a(kwargs);
+  const Shape rows = a.shape("rows", 2), stored = a.shape("stored", 2);
+  const float *x = a.floats("rows", rows), *w = a.floats("stored", {stored[0], rows[1]});
+  float* out = a.output("out", {rows[0], stored[0]});
+  const int threads = threads_of(a);
+  const py::gil_scoped_release unlocked;
+  lmtt::multiply_few_rows(x, rows[0], rows[1], w, stored[0], out, threads);
+}
+
 // Blocks of weights (uint8, dense) into floats: float32, or the bits of bfloat16 or float16 as uint16.
 void dequantize(const std::string& format, const py::object& blocks, const py::object& out, const std::string& dtype,
                 int threads) {
@@ -349,6 +361,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &attention, "Fills the given output arrays; returns counts and kept pairs.");
   m.def("neurons", &neurons, "Fills the given output arrays; returns counts.");
   m.def("proximities", &proximities, "Fills `values` [T, n], float64, with the L1 proximities of `parts` to `whole`.");
+  m.def("multiply_few_rows", &multiply_few_rows, "Fills `out` [n, M] with `rows` [n, K] times the transpose of `stored` [M, K].");
   m.def("transpose", &transpose, "Fills `out` [n, m] with the transpose of `source` [m, n].");
   m.def("dequantize", &dequantize, py::arg("format"), py::arg("blocks"), py::arg("out"), py::arg("dtype"),
         py::arg("threads"), "Fills `out` with the values of `blocks`.");

@@ -21,6 +21,8 @@ from lmtt.kernels.types import AttentionResult, AttentionTask, KeptEdges, Neuron
 NAME = "cpp"
 
 OPS = ("attention_contributions", "neuron_contributions")
+FEW_ROWS = 16  # as many as go through a matrix together
+LARGE_MATRIX = 64 << 20  # bytes; a smaller one is packed in no time
 WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -145,6 +147,26 @@ def proximities(parts: Sequence[Tensor], whole: Tensor) -> Tensor | None:
         threads=torch.get_num_threads(),
     )
     return values
+
+
+def multiply_few_rows(rows: Tensor, matrix: Tensor) -> Tensor | None:
+    """rows [n, K] @ matrix [K, M], float32; None where the library's product serves as well.
+
+    That is for any `matrix` but a large one that is stored the other way round, as linear layers have it,
+    and for more than a few rows: a library packs a matrix anew for every product with it, which takes several
+    times as long as the product of a few rows.
+    """
+    few = rows.dim() == 2 and rows.dtype == torch.float32 and 0 < len(rows) <= FEW_ROWS
+    if not few or matrix.nbytes < LARGE_MATRIX or not _turned(matrix) or available() is not None:
+        return None
+    out = torch.empty(len(rows), matrix.shape[1])
+    _native().multiply_few_rows(
+        rows=_dense("rows", rows, (len(rows), matrix.shape[0])),
+        stored=matrix.detach().t().numpy(),
+        out=out.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
 class _Common:

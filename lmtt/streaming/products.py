@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-MATMUL = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 LEAST_BYTES = 64 << 20  # of a weight: a smaller one is packed in no time
 MOST_TOKENS = 512  # measured up to here; it gains less the more there are
 LEAST_TOKENS = 8  # with fewer, nothing is packed
@@ -23,8 +22,7 @@ Kind = tuple[str, torch.Size, torch.Size, bool, int]  # function, x, weight, whe
 
 
 class ByParts(TorchFunctionMode):
-    """Within, products with a large float32 weight on the CPU go by parts of it: `nn.functional.linear`, and
-    `x @ weight.T`, by which a layer's parts are added up for its proof.
+    """Within, `nn.functional.linear` with a large float32 weight on the CPU goes by parts of it.
 
     same : what is known of each kind of product so far: whether its parts have the bits of the whole. Shared
         by whoever computes with the same weights one after the other.
@@ -39,8 +37,6 @@ class ByParts(TorchFunctionMode):
     ) -> Any:
         if not kwargs and func is nn.functional.linear and _suits(*args):
             return self._product(func, args, *args)
-        if not kwargs and func in MATMUL and args[1].dim() == 2 and _suits(args[0], args[1].t()):
-            return self._product(func, args, args[0], args[1].t())
         return func(*args, **(kwargs or {}))
 
     def _product(

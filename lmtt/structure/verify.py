@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lmtt.errors import ClosureError
+from lmtt.kernels.backends import cpp_backend
 from lmtt.kernels.types import Attention
 from lmtt.structure.spec import AttentionWrite, CapturedLayer, MlpWrite, Stage
 from lmtt.structure.tolerance import STAGE_BOUND, SUBLAYER_BOUND
@@ -122,21 +123,27 @@ def sum_of_parts(write: AttentionWrite | MlpWrite, rows: Tensor) -> Tensor:
     wide = accumulate_dtype(write.written.dtype)
     total = write.written.new_zeros(len(rows), write.written.shape[-1], dtype=wide)
     if isinstance(write, MlpWrite):
-        total += write.act[rows].to(wide) @ write.w_down.to(wide)
+        total += _product(write.act[rows].to(wide), write.w_down.to(wide))
         row = write.row_scale
     else:
         a = write.attention
+        heads = []
         for h in range(a.heads):
             z = attention_probabilities(a, h, rows) @ a.v[h // (a.heads // a.v.shape[0])].to(wide)
-            if a.gate is not None:
-                z = z * a.gate[rows, h].to(wide)
-            total += z @ a.w_o[h].to(wide)
+            heads.append(z if a.gate is None else z * a.gate[rows, h].to(wide))
+        total += _product(torch.cat(heads, -1), a.w_o.to(wide).reshape(-1, a.w_o.shape[-1]))
         row = a.row_scale
     if row is not None:
         total *= row[rows].to(wide)[:, None]
     if write.bias is None:
         return total
     return total + (write.bias if write.bias.dim() == 1 else write.bias[rows]).to(wide)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight; quicker for a few rows and a large weight."""
+    quick = cpp_backend.multiply_few_rows(x, weight)
+    return x @ weight if quick is None else quick
 
 
 def _write_closure(
