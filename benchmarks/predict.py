@@ -48,7 +48,7 @@ EFFICIENCY = HERE.parent / "lmtt" / "profile" / "efficiency.py"
 ALLOWED = 0.25  # of the measured seconds
 TRIES, ENOUGH = 5, 2.5  # passes of a cell, of which the median counts: so many, or so many seconds of them
 # Limits are over what a config needs: in a file tensors begin where they begin, and take up to a page more.
-LEAST = 1.05
+LEAST = 1.1
 BURST = 20_000_000  # rounds of multiply-adds: long enough for threads to be on processors of their own
 NOTHING = 1e9  # the share of a resource that a phase spends no time on
 PROCESS_LIMIT = 600  # seconds
@@ -196,12 +196,12 @@ def at_pace(paces: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def fit(cells: Sequence[Cell], ceilings: Ceilings) -> Efficiency:
-    """What makes the relative errors of each phase's seconds, by dtype, small.
+    """What makes the relative errors of each phase's seconds small, by dtype, and apart for streamed weights.
 
     seconds = calls * extra + launch + compute / share + memory / memory_share: linear in extra and in the
     reciprocals of the shares, weighted by 1 / seconds.
     """
-    from lmtt.profile.predict import Efficiency
+    from lmtt.profile.predict import STREAMED, STREAMING, Efficiency
 
     rows: dict[str, list[tuple[list[float], float]]] = {}
     for cell in cells:
@@ -209,6 +209,8 @@ def fit(cells: Sequence[Cell], ceilings: Ceilings) -> Efficiency:
             got = cell.reading if phase == "read" else cell.seconds.get(phase, 0.0)
             if got > 0:
                 name = phase if cell.group.dtype == "float32" else f"{phase}, {cell.group.dtype}"
+                if cell.group.times is not None and phase not in STREAMED:
+                    name = f"{phase}, {STREAMING}"
                 of_calls = 0.0 if phase == "read" else calls / got  # reading goes on by itself
                 row = [of_calls, compute / got, memory / got]
                 rows.setdefault(name, []).append((row, 1 - launch / got))

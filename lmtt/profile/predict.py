@@ -15,6 +15,7 @@ from lmtt.profile.dims import Dims
 from lmtt.profile.work import Streaming, Survivors, Work, discovery_work, layer_work, once_work
 from lmtt.streaming.plan import Plan, Weights
 
+STREAMING = "streamed"
 ASSUMED_SHARE = 0.4  # of a data sheet's figures, for every phase
 BUSY = 0.2  # of its time that a resource must be busy to be called what bounds a phase
 RESOURCES = ("compute", "memory", "disk", "bus", "launch")
@@ -28,7 +29,9 @@ class Efficiency:
     ceilings: the steps of a phase that compute and those that move bytes come one after the other. A phase
     without a `memory_share` is as long as its slowest resource / share.
 
-    Keys are phases, or "phase, dtype" for what another dtype reaches. `otherwise`: the share of all others.
+    Keys are phases, or "phase, dtype" for what another dtype reaches, or "phase, streamed" where weights are
+    read as it goes: pages are found anew then, and caches hold other weights. `otherwise`: the share of all
+    others.
     """
 
     share: Mapping[str, float]
@@ -36,10 +39,12 @@ class Efficiency:
     extra: Mapping[str, float]
     otherwise: float = 1.0
 
-    def seconds(self, phase: str, dtype: str, busy: Mapping[str, float], calls: int) -> float:
+    def seconds(
+        self, phase: str, dtype: str, busy: Mapping[str, float], calls: int, *, streamed: bool = False
+    ) -> float:
         """Of a phase whose resources are busy for so long at least."""
-        own = f"{phase}, {dtype}"
-        name = own if own in self.share else phase
+        names = [f"{phase}, {dtype}", *([f"{phase}, {STREAMING}"] if streamed else [])]
+        name = next((name for name in names if name in self.share), phase)
         share, memory = self.share.get(name, self.otherwise), self.memory_share.get(name)
         longest, moving, as_it_is = parts(busy)
         ideal = max(longest, moving) / share if memory is None else longest / share + moving / memory
@@ -138,7 +143,7 @@ def predict(
         add("discovery", discovery_work(dims, tokens[0], device=ceilings.device), dims.kinds)
     by = reached(ceilings) if efficiency is None else efficiency
     phases = {
-        name: estimate(name, work, calls[name], ceilings, by, dims.dtype)
+        name: estimate(name, work, calls[name], ceilings, by, dims.dtype, streamed=not plan.resident)
         for name, work in total.items()
         if not (plan.resident and name in STREAMED)
     }
@@ -172,10 +177,17 @@ def routed_bytes(dims: Dims, weights: Weights, tokens: Sequence[int]) -> float:
 
 
 def estimate(
-    phase: str, work: Work, calls: int, ceilings: Ceilings, efficiency: Efficiency, dtype: str
+    phase: str,
+    work: Work,
+    calls: int,
+    ceilings: Ceilings,
+    efficiency: Efficiency,
+    dtype: str,
+    *,
+    streamed: bool = False,
 ) -> Estimate:
     """Seconds of a phase that is called so often, and what bounds it."""
-    seconds = efficiency.seconds(phase, dtype, work.at(ceilings), calls)
+    seconds = efficiency.seconds(phase, dtype, work.at(ceilings), calls, streamed=streamed)
     return Estimate(seconds, work, bound_of(work, seconds, ceilings), calls)
 
 

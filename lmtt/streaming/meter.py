@@ -25,6 +25,7 @@ from lmtt.streaming.plan import in_words
 
 INTERVAL = 0.005  # seconds between two looks of the thread
 OWN_PAGES = 4 << 20  # bytes; from here on a buffer goes back to the system when it is freed
+ROOMY = 0.8  # of the limit: while no more is in use, the allocator may keep what was freed for what follows
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -259,16 +260,20 @@ class Meter:
                 self._gauge.stop()
             self._gauge = None
 
-    def mark(self, part: str) -> None:
-        """The end of a stretch that is measured as `part`. InputError if more was taken than allowed."""
+    def mark(self, part: str, *, again: bool = False) -> None:
+        """The end of a stretch that is measured as `part`. InputError if more was taken than allowed.
+
+        again : another such stretch may follow, and take up what this one freed.
+        """
         if self._gauge is None:
             return
         most = self._gauge.peak() - self._base
         self._peaks[part] = max(self._peaks.get(part, 0), most)
         if self.limit is not None and most > self.limit:
             raise self._exceeded(f"was exceeded: {part} took {in_words(most)}")
-        if self.limit is not None and self._device.type == "cpu":
-            trim()
+        kept = again and self.limit is not None and most <= ROOMY * self.limit
+        if self.limit is not None and self._device.type == "cpu" and not kept:
+            trim()  # every page that the next stretch takes has to be found anew
         self._gauge.restart()
 
     def _exceeded(self, what: str) -> InputError:

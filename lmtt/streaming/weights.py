@@ -361,7 +361,7 @@ class StreamedWeights(LayerWeights):
             if in_use:
                 ring.release(layer)
         if self.meter.limit is not None:
-            self.meter.mark("layers")
+            self.meter.mark("layers", again=True)
 
     def _fill(self, unit: Unit, raw: Mapping[str, Tensor], room: Tensor) -> bool:
         """Give a unit's parameters their values; whether some of them are the raw bytes themselves."""

@@ -10,7 +10,7 @@ import torch
 from lmtt.profile.ceilings import Ceilings
 from lmtt.profile.dims import Dims, dims_of
 from lmtt.profile.planning import seconds_in_words
-from lmtt.profile.predict import bound_of, predict
+from lmtt.profile.predict import Efficiency, bound_of, predict
 from lmtt.profile.work import Survivors, Work, expected_pairs, layer_work
 from lmtt.streaming.plan import WORKSPACE, Plan, Weights, estimate
 from lmtt.testing_models import tiny_model
@@ -84,7 +84,17 @@ def test_an_unembedding_that_is_not_kept_is_read_for_each_prompt(dims: Dims, mac
     assert seconds[False, 1].bound == "disk"
     resident, weights = planned(dims, resident=True)
     usual = predict(dims, machine, [16], resident, replace(weights, head=10**8))
-    assert usual.phases["lens"].seconds == pytest.approx(seconds[True, 1].seconds)
+    assert usual.phases["lens"].work.disk == 0
+
+
+def test_what_is_reached_while_weights_are_read_is_for_that_only(dims: Dims, machine: Ceilings) -> None:
+    reached = {"forward": 0.5, "forward, streamed": 0.25}
+    seconds = {}
+    for resident in (True, False):
+        plan, weights = planned(dims, resident=resident)
+        found = predict(dims, machine, [16], plan, weights, efficiency=Efficiency(reached, {}, {}))
+        seconds[resident] = found.phases["forward"].seconds
+    assert 0 < seconds[False] == pytest.approx(2 * seconds[True], rel=0.01)
 
 
 def test_prompts_share_one_read(dims: Dims, machine: Ceilings) -> None:
