@@ -49,8 +49,14 @@ def test_attention(
 
 
 @pytest.mark.parametrize("screen", [0.0, 1e-3])
-def test_neurons(screen: float, make_neuron_task: Callable[..., NeuronTask]) -> None:
-    task = replace(make_neuron_task(features="row_scale+bias+others", neurons=300), screen=screen)
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("neurons", [300, 600])  # 600: turned tile by tile for one thread only
+def test_neurons(
+    neurons: int, stored: bool, screen: float, make_neuron_task: Callable[..., NeuronTask]
+) -> None:
+    task = replace(make_neuron_task(features="row_scale+bias+others", neurons=neurons), screen=screen)
+    if stored:
+        task = replace(task, w_down=task.w_down.t().contiguous().t())
     torch.set_num_threads(1)
     want = cpp_backend.neuron_contributions(task)
     for threads in (2, 3):
@@ -108,7 +114,7 @@ def test_strides_do_not_matter(make_attention_task: Callable[..., AttentionTask]
     )
 
 
-@pytest.mark.parametrize("neurons", [150, 16])  # whole strips and what is left of them
+@pytest.mark.parametrize("neurons", [600, 150, 16])  # whole strips and what is left of them
 def test_weights_of_linear_layers_have_the_bits_of_weights_by_neurons(
     make_neuron_task: Callable[..., NeuronTask], neurons: int
 ) -> None:
