@@ -284,15 +284,17 @@ void transpose(const py::kwargs& kwargs) {
   lmtt::transpose(from, shape[0], shape[1], to, threads);
 }
 
-// out [n, M] = rows [n, K] stored^T, stored [M, K].
+// out [n, M] = rows [n, K] stored^T, stored [M, K], n at most kPanel.
 void multiply_few_rows(const py::kwargs& kwargs) {
   const Arguments a(kwargs);
   const Shape rows = a.shape("rows", 2), stored = a.shape("stored", 2);
+  expect(rows[0] >= 1 && rows[0] <= lmtt::kPanel, "rows: expected 1 to 16");
+  expect(rows[1] >= 1 && stored[0] >= 1, "empty axis");
   const float *x = a.floats("rows", rows), *w = a.floats("stored", {stored[0], rows[1]});
   float* out = a.output("out", {rows[0], stored[0]});
   const int threads = threads_of(a);
   const py::gil_scoped_release unlocked;
-  lmtt::multiply_few_rows(x, rows[0], rows[1], w, stored[0], out, threads);
+  lmtt::multiply_few_rows(x, static_cast<int>(rows[0]), rows[1], w, stored[0], out, threads);
 }
 
 // Blocks of weights (uint8, dense) into floats: float32, or the bits of bfloat16 or float16 as uint16.
@@ -361,7 +363,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &attention, "Fills the given output arrays; returns counts and kept pairs.");
   m.def("neurons", &neurons, "Fills the given output arrays; returns counts.");
   m.def("proximities", &proximities, "Fills `values` [T, n], float64, with the L1 proximities of `parts` to `whole`.");
-  m.def("multiply_few_rows", &multiply_few_rows, "Fills `out` [n, M] with `rows` [n, K] times the transpose of `stored` [M, K].");
+  m.def("multiply_few_rows", &multiply_few_rows,
+        "Fills `out` [n, M] with `rows` [n, K] times the transpose of `stored` [M, K]; n at most 16.");
   m.def("transpose", &transpose, "Fills `out` [n, m] with the transpose of `source` [m, n].");
   m.def("dequantize", &dequantize, py::arg("format"), py::arg("blocks"), py::arg("out"), py::arg("dtype"),
         py::arg("threads"), "Fills `out` with the values of `blocks`.");

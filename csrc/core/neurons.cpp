@@ -1,8 +1,9 @@
 // Neurons, in three steps.
 //
 // 1. Prepare: |whole|_1 and the fixed parts of each row.
-// 2. Tiles of 128 neurons by some rows: first W_down by neurons, and |W_down[n]|_1 for the rounding margins; then G = sign(whole) W_down^T by look-up of sums of four, c = row_scale * act, g = c * G. Neurons whose
-//    bound is above the threshold are evaluated at once: proximity = max(0, g - 2 * sum relu(c w sign(y) - |y|)).
+// 2. Tiles of 128 neurons by some rows: W_down by neurons and |W_down[n]|_1 for the rounding margins (before all tiles,
+//    where they are few), G = sign(whole) W_down^T by look-up of sums of four, c = row_scale * act, g = c * G. Neurons
+//    whose bound is above the threshold are evaluated at once: proximity = max(0, g - 2 * sum relu(c w sign(y) - |y|)).
 // 3. Rows: the k largest. A neuron that kept its first-order value is evaluated too where its bound reaches the
 //    k-th largest exact value, by falling bound; then the sums are taken and divided.
 //
@@ -11,6 +12,8 @@
 
 #include <algorithm>
 #include <utility>
+
+#include "core/transpose.h"
 
 namespace lmtt {
 namespace {
@@ -36,9 +39,9 @@ class Pass {
 
  private:
   void prepare();
-  void tile(int64_t tile, int64_t begin, int64_t end, bool reads, Scratch& scratch, bool timed);
-  void turn(int64_t begin, int64_t count, int64_t d, int64_t depth);
-  void read(int64_t begin, int64_t end);
+  void tile(int64_t tile, int64_t begin, int64_t end, bool turns, Scratch& scratch, bool timed);
+  void turn(int64_t begin, int64_t end, int64_t d, int64_t d_end);
+  void measure(int64_t begin, int64_t end);
   void finish(int64_t i, Scratch& scratch);
   // Exact proximities of at most kTogether neurons of row i, of which g is known; NaN has no sign here, for the sign
   // bit marks first-order values.
@@ -58,7 +61,7 @@ class Pass {
   NeuronOutput& out;
   const Kernels& kernel = kernels();
   const int64_t T, F, D, tiles, blocks;  // blocks: of sixteen coordinates
-  const bool reads_in_tiles;             // W_down is turned and looked through by tiles, not before them
+  const bool turns_in_tiles;             // W_down is turned and measured by tiles, not before them
   int64_t rows_at_once, first_row = 0;
   std::vector<float> threshold;    // [T]
   std::vector<PartsRow> parts;     // [T]
@@ -74,7 +77,7 @@ class Pass {
 
 Pass::Pass(const NeuronInput& input, NeuronOutput& output)
     : in(input), out(output), T(in.T), F(in.F), D(in.parts.D), tiles((in.F + kTile - 1) / kTile),
-      blocks(padded(panels(in.parts.D))), reads_in_tiles(tiles >= kTilesEach * in.threads) {
+      blocks(padded(panels(in.parts.D))), turns_in_tiles(tiles >= kTilesEach * in.threads) {
   const int64_t per_row = F * int64_t(sizeof(float)) + tiles * int64_t(sizeof(ScreenSums));
   rows_at_once = std::min(T, std::max(kFewRows, in.workspace / 2 / per_row));
   threshold.resize(T), parts.resize(T), positive.resize(T), evaluated.resize(T);
@@ -97,12 +100,13 @@ void Pass::run() {
   Stopwatch watch;
   prepare();
   for (first_row = 0; first_row < T; first_row += rows_at_once) {
-    const int64_t end = std::min(T, first_row + rows_at_once), stripes = (end - first_row + kTileRows - 1) / kTileRows;
-    const bool reads = reads_in_tiles && first_row == 0;  // then one thread takes all rows of a tile
-    parallel_for(in.threads, reads ? tiles : tiles * stripes, [&](int64_t item, int thread) {
-      for (int64_t stripe = item / tiles; stripe < (reads ? stripes : item / tiles + 1); ++stripe) {
-        const int64_t begin = first_row + stripe * kTileRows;
-        tile(item % tiles, begin, std::min(end, begin + kTileRows), reads && stripe == 0, scratch[thread], thread == 0);
+    const int64_t end = std::min(T, first_row + rows_at_once);
+    const bool turns = turns_in_tiles && first_row == 0;  // then one thread takes all rows of a tile
+    const int64_t rows_each = turns ? end : kTileRows, stripes = (end - first_row + rows_each - 1) / rows_each;
+    parallel_for(in.threads, tiles * stripes, [&](int64_t item, int thread) {
+      const int64_t first = first_row + item / tiles * rows_each, last = std::min(end, first + rows_each);
+      for (int64_t begin = first; begin < last; begin += kTileRows) {
+        tile(item % tiles, begin, std::min(last, begin + kTileRows), turns && begin == 0, scratch[thread], thread == 0);
       }
     });
     // Screening and evaluation alternate within a tile: the calling thread's own evaluation is told apart.
@@ -116,10 +120,10 @@ void Pass::run() {
 }
 
 void Pass::prepare() {
-  parallel_for(in.threads, reads_in_tiles ? 0 : (F + kTurned - 1) / kTurned, [&](int64_t strip, int) {
+  parallel_for(in.threads, turns_in_tiles ? 0 : (F + kTurned - 1) / kTurned, [&](int64_t strip, int) {
     const int64_t begin = strip * kTurned, end = std::min(F, begin + kTurned);
-    turn(begin, end - begin, 0, D);
-    read(begin, end);
+    turn(begin, end, 0, D);
+    measure(begin, end);
   });
   parallel_for(in.threads, T, [&](int64_t i, int) {
     parts[i] = fixed_parts(in.parts, i, out.residual, out.bias, out.others);
@@ -132,16 +136,13 @@ void Pass::prepare() {
   });
 }
 
-// Coordinates d..d + depth of the rows of `count` neurons, where W_down is stored the other way round.
-void Pass::turn(int64_t begin, int64_t count, int64_t d, int64_t depth) {
-  for (int64_t e = d; in.stored && e < d + depth; e += kPanel) {
-    const int coordinates = static_cast<int>(std::min<int64_t>(kPanel, d + depth - e));
-    kernel.turn_rows(in.stored + e * F + begin, F, coordinates, count, in.rows + begin * D + e, D);
-  }
+// Coordinates d..d_end of neurons begin..end, where W_down is stored the other way round.
+void Pass::turn(int64_t begin, int64_t end, int64_t d, int64_t d_end) {
+  if (in.stored) transpose_part(in.stored, D, F, d, d_end, begin, end - begin, in.rows);
 }
 
-// What is to be known of each neuron.
-void Pass::read(int64_t begin, int64_t end) {
+// What is to be known of neurons begin..end, whose rows are there.
+void Pass::measure(int64_t begin, int64_t end) {
   const double gamma = rounding(sign_chain(D) + 8);  // 8: the coefficient and the margin itself
   for (int64_t n = begin; n < end; ++n) {
     margin[n] = static_cast<float>(gamma * kernel.absolute_sum(in.rows + n * D, D));
@@ -149,15 +150,15 @@ void Pass::read(int64_t begin, int64_t end) {
   }
 }
 
-// Step 2, for rows begin..end. With `reads` it also turns the tile's neurons, a table's coordinates at a time: W_down passes
-// through the cache once for both of its uses.
-void Pass::tile(int64_t t, int64_t begin, int64_t end, bool reads, Scratch& s, bool timed) {
+// Step 2, for rows begin..end. With `turns` it also turns the tile's neurons, a table's coordinates at a time: W_down
+// passes through the cache once for both of its uses.
+void Pass::tile(int64_t t, int64_t begin, int64_t end, bool turns, Scratch& s, bool timed) {
   const int64_t n0 = t * kTile, count = std::min(F - n0, kTile);
   for (int64_t m = 0; m < count; m += kTurned) {
     const int64_t some = std::min(kTurned, count - m);
     for (int64_t d = 0; d < D; d += kTableDepth) {
       const int64_t depth = std::min(kTableDepth, D - d);
-      if (reads) turn(n0 + m, some, d, depth);
+      if (turns) turn(n0 + m, n0 + m + some, d, d + depth);
       for (int64_t n = m; n < m + some; n += kPanel) {
         const int columns = static_cast<int>(std::min<int64_t>(kPanel, count - n));
         if (in.stored) {
@@ -170,7 +171,7 @@ void Pass::tile(int64_t t, int64_t begin, int64_t end, bool reads, Scratch& s, b
                           kTableGroups, s.table.get(), s.product + n / kPanel * kPanelStride, kPanel, d > 0);
       }
     }
-    if (reads) read(n0 + m, n0 + m + some);
+    if (turns) measure(n0 + m, n0 + m + some);
   }
   for (int64_t i = begin; i < end; ++i) {
     float* row_values = values + (i - first_row) * F + n0;

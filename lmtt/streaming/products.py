@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-LEAST_BYTES = 64 << 20  # of a weight: a smaller one is packed in no time
+from lmtt.kernels.backends.cpp_backend import LARGE_MATRIX
+
+LEAST_BYTES = LARGE_MATRIX  # of a weight
 MOST_TOKENS = 512  # measured up to here; it gains less the more there are
 LEAST_TOKENS = 8  # with fewer, nothing is packed
 ROWS = 512  # of the weight, at a time: of all sizes from 256 to 2048 the fastest
-Kind = tuple[str, torch.Size, torch.Size, bool, int]  # function, x, weight, whether there is a bias, threads
+Kind = tuple[torch.Size, torch.Size, bool, int]  # x, weight, whether there is a bias, threads
 
 
 class ByParts(TorchFunctionMode):
@@ -36,17 +38,15 @@ class ByParts(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not kwargs and func is nn.functional.linear and _suits(*args):
-            return self._product(func, args, *args)
+            return self._product(*args)
         return func(*args, **(kwargs or {}))
 
-    def _product(
-        self, func: Any, args: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        kind = (func.__name__, x.shape, weight.shape, bias is not None, torch.get_num_threads())
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        kind = (x.shape, weight.shape, bias is not None, torch.get_num_threads())
         same = self._same.get(kind)
         if same:
             return by_parts(x, weight, bias)
-        whole: Tensor = func(*args)
+        whole = nn.functional.linear(x, weight, bias)
         if same is None:
             self._same[kind] = torch.equal(by_parts(x, weight, bias), whole)
         return whole

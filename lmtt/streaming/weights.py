@@ -18,6 +18,7 @@ from lmtt.checkpoint.load import quiet_transformers, refuse_nonfinite
 from lmtt.checkpoint.source import WeightSource
 from lmtt.errors import CheckpointError, InputError, StructureError
 from lmtt.kernels.host_memory import anonymous, reusing
+from lmtt.streaming import products
 from lmtt.streaming.assign import Unit, assign, convert
 from lmtt.streaming.experts import Lender, split
 from lmtt.streaming.generating import forwards
@@ -34,11 +35,11 @@ from lmtt.streaming.plan import (
     make_plan,
     stays,
 )
-from lmtt.streaming.products import ByParts, Kind
 from lmtt.streaming.ring import Ring, place
 from lmtt.streaming.vocabulary import StoredRows, TiledUnembedding, compact_embedding
 
 ALIGNMENT = 64
+FLOAT32 = 4  # bytes
 Turn = Callable[[int], AbstractContextManager[None]]
 
 
@@ -167,7 +168,7 @@ class StreamedWeights(LayerWeights):
         self.bytes_read = 0
         self.traffic = Traffic()
         self._check = True  # damaged weights are looked for
-        self._same_by_parts: dict[Kind, bool] = {}  # of products with large weights
+        self._same_by_parts: dict[products.Kind, bool] = {}  # of products with large weights
         self._head: StoredRows | None = None
 
     # --- what there is ---
@@ -347,7 +348,7 @@ class StreamedWeights(LayerWeights):
             ring.release(layer)  # the reader goes on while this layer computes
         routed = self._lender.bytes_read
         try:
-            with self._lender.lent(self._experts[layer]), ByParts(self._same_by_parts):
+            with self._lender.lent(self._experts[layer]), self._products(unit):
                 yield
         except StructureError:
             if self._check:  # parts that do not add up may be due to damaged weights, which then have a name
@@ -362,6 +363,13 @@ class StreamedWeights(LayerWeights):
                 ring.release(layer)
         if self.meter.limit is not None:
             self.meter.mark("layers", again=True)
+
+    def _products(self, unit: Unit) -> AbstractContextManager[object]:
+        """Products by parts, where a unit has a weight large enough: each call in Python goes through it."""
+        sizes = (self._elements(tensor) * FLOAT32 for tensor in unit.direct)
+        if unit.converted or max(sizes, default=0) >= products.LEAST_BYTES:
+            return products.ByParts(self._same_by_parts)
+        return nullcontext()
 
     def _fill(self, unit: Unit, raw: Mapping[str, Tensor], room: Tensor) -> bool:
         """Give a unit's parameters their values; whether some of them are the raw bytes themselves."""

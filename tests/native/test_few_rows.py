@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -42,6 +44,26 @@ def test_what_is_not_its_task_is_left_to_the_library(monkeypatch: pytest.MonkeyP
     assert cpp_backend.multiply_few_rows(torch.randn(17, 32), stored.t()) is None
     monkeypatch.setattr(cpp_backend, "LARGE_MATRIX", stored.nbytes + 1)
     assert cpp_backend.multiply_few_rows(x, stored.t()) is None
+
+
+def test_the_extension_checks_again() -> None:
+    from lmtt import _C
+
+    def arrays(rows: int, depth: int, columns: int) -> dict[str, Any]:
+        shapes = {"rows": (rows, depth), "stored": (columns, depth), "out": (rows, columns)}
+        return {**{name: torch.zeros(shape).numpy() for name, shape in shapes.items()}, "threads": 1}
+
+    _C.multiply_few_rows(**arrays(16, 3, 5))
+    for sizes in ((17, 3, 5), (0, 3, 5), (2, 0, 5), (2, 3, 0)):
+        with pytest.raises(ValueError, match=r"expected|empty"):
+            _C.multiply_few_rows(**arrays(*sizes))
+    for name, wrong in (
+        ("stored", torch.zeros(5, 4)),
+        ("out", torch.zeros(2, 6)),
+        ("rows", torch.zeros(2, 3, 1)),
+    ):
+        with pytest.raises(ValueError, match=name):
+            _C.multiply_few_rows(**(arrays(2, 3, 5) | {name: wrong.numpy()}))
 
 
 def test_nan_stays() -> None:

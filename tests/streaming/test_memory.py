@@ -172,6 +172,22 @@ def test_crossing_the_limit_is_an_error() -> None:
     assert blocks
 
 
+@pytest.mark.parametrize(
+    ("again", "used", "trimmed"), [(True, 80, False), (True, 81, True), (False, 1, True)]
+)
+def test_freed_memory_is_kept_for_the_next_layer_while_the_limit_has_room(
+    again: bool, used: int, trimmed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trims = []
+    meter = Meter(CPU, 100 * MIB)
+    with meter.running(0):
+        monkeypatch.setattr("lmtt.streaming.meter.trim", lambda: trims.append(1))
+        assert meter._gauge is not None
+        monkeypatch.setattr(meter._gauge, "peak", lambda: meter._base + used * MIB)
+        meter.mark("layers", again=again)
+        assert bool(trims) is trimmed
+
+
 @pytest.mark.parametrize("span", ["loading", "running"])
 def test_what_goes_as_measuring_begins_is_not_taken_later(span: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when garbage is collected between two looks: a dead model was once found to have been loaded."""
