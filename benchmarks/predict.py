@@ -48,9 +48,9 @@ EFFICIENCY = HERE.parent / "lmtt" / "profile" / "efficiency.py"
 ALLOWED = 0.25  # of the measured seconds
 TRIES, ENOUGH = 5, 2.5  # passes of a cell, of which the median counts: so many, or so many seconds of them
 # Limits are over what a config needs: in a file tensors begin where they begin, and take up to a page more.
-# With two threads and 1024 tokens a run may also take some hundredths more than planned, and would be stopped.
+# With two threads and 1024 tokens a run may also take some hundredths more than planned, and be stopped.
 LEAST = 1.1
-BURST = 20_000_000  # rounds of multiply-adds: long enough for threads to be on processors of their own
+BURST = 20_000_000  # rounds of multiply-adds: long enough for each thread to have its own processor
 NOTHING = 1e9  # the share of a resource that a phase spends no time on
 PROCESS_LIMIT = 600  # seconds
 SECONDS = 330  # for all measurements

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -130,25 +131,32 @@ class Engine:
         backend: str = "auto",
         opaque: bool = False,
         weights: LayerWeights | None = None,
+        read: Callable[..., tuple[Loaded, LayerWeights]] | None = None,
     ) -> None:
+        """read: reads the model anew, with `may_stay=False` layer by layer, where memory is limited."""
         check_backend(backend)
-        self.model = loaded.model
-        self.tokenizer = loaded.tokenizer
-        self._facts = loaded.facts
         self._backend = backend
         self._opaque = opaque  # let in what is not understood, as one part
-        _, self._layers = find_layers(self.model)
+        self.tokenizer = loaded.tokenizer
+        self._facts = loaded.facts
         self._structures: dict[Any, LayerStructure] = {}
-        self._proved = False  # the full closure check runs on the first prompt
-        self._head: Head | None = None
         self._captured: OrderedDict[tuple[bytes, int], CapturedLayer] = OrderedDict()
         self._calls: OrderedDict[bytes, LayerCalls] = OrderedDict()
+        self._hold(loaded, weights)
+        self._read = read if isinstance(weights, ResidentWeights) else None
+        self._spare = Spare() if self._weights.meter.limit is None else None
+
+    def _hold(self, loaded: Loaded, weights: LayerWeights | None) -> None:
+        """The model, of which nothing is known yet."""
+        self.model = loaded.model
+        _, self._layers = find_layers(self.model)
+        self._proved = False  # the full closure check runs on the first prompt
+        self._head: Head | None = None
         self.info = _info(loaded, self._layers)
         if weights is None:
             meter = Meter(torch.device(self.info.device))
             weights = PlacedWeights(meter, self.model) if is_placed(self.model) else ResidentWeights(meter)
         self._weights: LayerWeights = weights
-        self._spare = Spare() if weights.meter.limit is None else None
 
     def __repr__(self) -> str:
         i = self.info
@@ -229,6 +237,7 @@ class Engine:
             raise InputError("unknown keep", expected="'full' or 'light'", got=repr(keep))
         settings = _settings(floor, screen, measure, neurons, self._backend)
         prompts, single = self._prompts(prompt, input_ids, attention_mask, chat, add_special_tokens)
+        self._make_room([len(each.tokens) for each in prompts], full=keep == "full")
         outs = _outs(out, len(prompts), single, resume, force)
         wanted = tuple(dict.fromkeys(self.token_id(target) for target in targets))
         job = Job(settings, keep == "full", wanted, progress)
@@ -308,6 +317,7 @@ class Engine:
                 expected=f"at most {limit} tokens",
                 got=f"{P} + {max_new_tokens}",
             )
+        self._make_room([P + max_new_tokens], full=keep == "full")
         with self._weights.generating(P + max_new_tokens):
             new = generate_ids(self.model, asked.input_ids, how)
         whole = self._prompt(torch.cat([asked.input_ids[0].cpu(), torch.tensor(new)]), None)
@@ -331,6 +341,24 @@ class Engine:
             fresh = self._pass([prompts[n] for n in left], job, [writers[n] for n in left])
             finished |= dict(zip(left, fresh, strict=True))
         return [finished[n] for n in range(len(prompts))]
+
+    def _make_room(self, tokens: Sequence[int], *, full: bool) -> None:
+        """Where the limit holds such prompts only without the weights, read those by layers from now on."""
+        if self._read is None:
+            return
+        assert isinstance(self._weights, ResidentWeights)
+        if self._weights.leaves_room(tokens, full=full):
+            return
+        del self.model, self._layers, self._head  # what is read takes their place
+        self._structures.clear()
+        self._captured.clear()
+        self._calls.clear()
+        meter = self._weights.meter
+        with meter.loading():
+            loaded, weights = self._read(may_stay=False)
+            meter.loaded(weights.held)
+        self._hold(loaded, weights)
+        self._read = None
 
     def _pass(self, prompts: Sequence[Prompt], job: Job, writers: Sequence[RunWriter | None]) -> list[Trace]:
         lengths = [len(prompt.tokens) for prompt in prompts]
@@ -980,7 +1008,8 @@ def load(
         without it such a model is refused.
     memory : a limit on what loading and tracing take, as "8GiB": on the CPU resident memory beyond what the
         process has now, on CUDA what torch allocates. A model that does not fit is streamed from its
-        checkpoint, a layer at a time, with the same results. None: what the machine has.
+        checkpoint, a layer at a time, with the same results; from the first prompt on that is too long for
+        the limit to hold with all weights, if a shorter one was not. None: what the machine has.
     device_map : instead of `device` and `memory`, where transformers is to put each module: "auto",
         "balanced", "sequential" or {module: device}, "disk" among the devices. Layers run where they are. A
         loaded model that was placed so is traced as it is.
@@ -1017,12 +1046,14 @@ def load(
     kind = parse_dtype(dtype, where)
     meter = Meter(where, limit)
     weights: LayerWeights
+    read: Callable[..., tuple[Loaded, LayerWeights]] | None = None
     with meter.loading():
         source = resolve(model)
         if device_map is None:
-            loaded, weights = read_within(
-                meter, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite
+            read = partial(
+                read_within, meter, source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite
             )
+            loaded, weights = read()
         else:
             loaded = load_all(
                 source, device=where, dtype=kind, allow_nonfinite=allow_nonfinite,
@@ -1032,7 +1063,7 @@ def load(
         meter.loaded(weights.held)
     if tokenizer is not None:
         loaded = Loaded(loaded.model, tokenizer, loaded.name, loaded.facts)
-    return Engine(loaded, backend, opaque, weights)
+    return Engine(loaded, backend, opaque, weights, None if limit is None else read)
 
 
 def open(path: str | PathLike[str], *, engine: Engine | None = None) -> Trace:
@@ -1046,7 +1077,13 @@ def open(path: str | PathLike[str], *, engine: Engine | None = None) -> Trace:
 
 def _unpadded(input_ids: Any, attention_mask: Any) -> list[NDArray[Any]]:
     """Rows of token ids [T] or [B, T] without what the mask of the same shape marks as padding."""
-    ids = np.asarray(input_ids)
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:
+        raise InputError(
+            "input_ids are of several lengths", expected="[T] or [B, T]",
+            remedy="pad them, and give attention_mask",
+        ) from None  # fmt: skip
     if ids.ndim not in (1, 2):
         raise InputError("input_ids have the wrong rank", expected="[T] or [B, T]", got=f"{ids.ndim} axes")
     ids = np.atleast_2d(ids)

@@ -42,6 +42,7 @@ class Case:
     dtype: str = "float32"
     prompts: int = 1
     floor: float = 0.02  # few pairs are evaluated, which takes time and no more memory
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def run_case(case: Case) -> Outcome:
     from lmtt.errors import InputError
     from lmtt.profile.clock import recording
 
+    torch.set_num_threads(case.threads)
     over, before = threading.Event(), anonymous()
     looks: list[tuple[float, int]] = []
 

@@ -36,10 +36,12 @@ def read_within(
     device: torch.device,
     dtype: torch.dtype | Literal["auto"],
     allow_nonfinite: bool = False,
+    may_stay: bool = True,
 ) -> tuple[Loaded, LayerWeights]:
     """A model with the weights it needs now, and where the others are.
 
     meter : has the limit; without one only what the machine's memory does not hold is streamed.
+    may_stay : False streams the layers even where the limit holds them with a prompt of usual length.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def read_within(
             weights_at, model, find_layers(model)[0], kind, device, limit, meter,
             tokenizer_bytes(source, int(config.get_text_config().vocab_size)),
         )  # fmt: skip
-        if streamed.would_stay(_nominal(config)):
+        if may_stay and streamed.would_stay(_nominal(config)):
             weights_at.close()
             known = (streamed.shapes, streamed.weights) if named else ()
             return load_all(source, **options), ResidentWeights(meter, *known)

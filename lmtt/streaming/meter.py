@@ -208,6 +208,8 @@ class Meter:
     def loading(self) -> Iterator[None]:
         """Around everything that loads; `loaded` comes last."""
         if self.limit is not None and self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
             _, total = torch.cuda.mem_get_info(self._device)
             allowed = self.limit + torch.cuda.memory_reserved(self._device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self._device)

@@ -131,6 +131,16 @@ class ResidentWeights(LayerWeights):
             return WORKSPACE
         return make_plan(*self._known, tokens, full=full, must_stay=True).workspace
 
+    def leaves_room(self, tokens: Sequence[int], *, full: bool = True) -> bool:
+        """Whether such a pass fits beside all weights. InputError if it would not fit without them either."""
+        try:
+            self.workspace(tokens, full=full)
+        except InputError:
+            assert self._known is not None
+            make_plan(*self._known, tokens, full=full, may_stay=False)
+            return False
+        return True
+
 
 class StreamedWeights(LayerWeights):
     """Layers get their weights from a checkpoint when their turn comes, and lose them after it.

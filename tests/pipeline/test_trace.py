@@ -162,6 +162,8 @@ def test_padding_changes_nothing() -> None:
         assert np.array_equal(padded.data.resid_pre, alone.data.resid_pre)
     with pytest.raises(InputError, match="does not fit"):
         engine.trace(input_ids=short, attention_mask=[1])
+    with pytest.raises(InputError, match="input_ids are of several lengths"):
+        engine.trace(input_ids=[[3, 4], [5]])
 
 
 @pytest.mark.model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import lmtt
 from lmtt.errors import InputError
 from lmtt.streaming.plan import parse_bytes
-from lmtt.streaming.weights import StreamedWeights
+from lmtt.streaming.weights import ResidentWeights, StreamedWeights
 from lmtt.testing import assert_same_trace
 
 Make = Callable[[str], Path]
@@ -137,3 +139,37 @@ def test_generating_keeps_the_limit(checkpoint: Make, monkeypatch: pytest.Monkey
         engine.generate(input_ids=PROMPTS[1], max_new_tokens=2)
     hook.remove()
     assert len(engine.generate(input_ids=PROMPTS[1], max_new_tokens=2, trace=False).ids) == 2
+
+
+def test_from_a_prompt_on_that_resident_weights_leave_no_room_for_layers_are_read(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(checkpoint("llama"))
+    resident, engine = lmtt.load(folder), lmtt.load(folder, memory="110MiB")
+    real = ResidentWeights.workspace
+
+    def for_short(self: ResidentWeights, tokens: Sequence[int], *, full: bool = True) -> int:
+        if sum(tokens) > len(PROMPTS[1]):
+            raise InputError("too little")
+        return real(self, tokens, full=full)
+
+    want = [resident.trace(input_ids=ids) for ids in PROMPTS]
+    monkeypatch.setattr(ResidentWeights, "workspace", for_short)
+    short = engine.trace(input_ids=PROMPTS[1])
+    assert engine.resident
+    before = weakref.ref(engine.model)
+    assert_same_trace(engine.trace(input_ids=PROMPTS[0]), want[0])
+    assert not engine.resident
+    gc.collect()
+    assert before() is None  # it made room
+    assert_same_trace(short, want[1])  # with details from the weights that there are now
+    assert_same_trace(engine.trace(input_ids=PROMPTS[1]), want[1])
+
+
+def test_a_prompt_too_long_for_streaming_too_is_refused_and_the_weights_stay(checkpoint: Make) -> None:
+    engine = lmtt.load(str(checkpoint("llama")), memory="48MiB")
+    assert engine.resident
+    with pytest.raises(InputError, match="too little for 60000 tokens, expected at least"):
+        engine._make_room([60000], full=True)
+    assert engine.resident
+    assert engine.trace(input_ids=[3, 4, 5]).data.edges.weight.size
